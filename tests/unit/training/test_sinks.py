@@ -1,0 +1,282 @@
+import io
+import json
+import math
+import re
+import sys
+
+import pytest
+
+from truetune.errors import UserError
+from truetune.training.record import (
+    Alarm,
+    Checks,
+    Evaluation,
+    Sample,
+    Samples,
+    Saved,
+    Step,
+    Verdict,
+    as_json,
+)
+from truetune.training.sinks import Console, JsonLines, TensorBoard, clean, duration, size
+
+ESCAPES = "\x1b[2J\x1b]0;owned\x07 \r\x9b31m [bold red]x[/] :smile: \u202etxt"
+
+
+def step(n: int, **changes) -> Step:
+    values = {
+        "step": n,
+        "loss": 2.5,
+        "rate": 3e-4,
+        "planned": 3e-4,
+        "gradient_norm": 1.25,
+        "tokens": 700,
+        "targets": 250,
+        "documents": 9,
+        "micro_batches": 1,
+        "seconds": 0.5,
+        "memory": 3 * 2**30,
+        "tokens_per_second": 1400.0,
+    }
+    return Step(**values | changes)
+
+
+def evaluation(n: int, loss: float, best: bool = False) -> Evaluation:
+    return Evaluation(n, loss, math.exp(loss), 0.5, 1000, 400, 1.0, best)
+
+
+class Tty(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Ascii(io.StringIO):
+    encoding = "ascii"
+
+    def write(self, text: str) -> int:
+        return super().write(text.encode("ascii").decode())
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch):
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def shown(*records, total=100, quiet=False, file=None) -> str:
+    file = file or io.StringIO()
+    console = Console(total, quiet=quiet, file=file)
+    for record in records:
+        console.write(record)
+    console.close()
+    return file.getvalue()
+
+
+def test_json_lines_are_the_records_in_order_and_readable_at_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path)
+    given = [
+        step(1),
+        evaluation(1, 2.0),
+        Samples(1, (Sample("p", "r", "é\n\ud800", True),)),
+        Saved(1, "a", "end"),
+    ]
+    for record in given:
+        sink.write(record)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [json.loads(json.dumps(as_json(record))) for record in given]
+    sink.close()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_json_lines_spell_what_is_not_finite_as_null(tmp_path, value):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path)
+    sink.write(step(1, loss=value, gradient_norm=value))
+    sink.close()
+    read = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert read["loss"] is None and read["gradient_norm"] is None and read["rate"] == 3e-4
+
+
+def test_json_lines_continue_at_the_resumed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path)
+    for n in range(1, 8):
+        sink.write(step(n))
+    sink.write(evaluation(4, 2.0))
+    sink.close()
+    with path.open("a") as file:
+        file.write('{"kind": "step", "st')
+    sink = JsonLines(path, resume_at=4)
+    sink.write(step(5, loss=9.0))
+    sink.close()
+    read = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["kind"], r["step"]) for r in read] == [
+        *[("step", n) for n in (1, 2, 3, 4)],
+        ("evaluation", 4),
+        ("step", 5),
+    ]
+    assert read[-1]["loss"] == 9.0
+
+
+def test_json_lines_start_anew_without_a_resumed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("something else\n")
+    JsonLines(path).close()
+    assert path.read_text() == ""
+
+
+def test_json_lines_refuse_to_continue_what_is_no_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(as_json(step(1))) + "\nnot json\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 .*move the file away"):
+        JsonLines(path, resume_at=1)
+    assert "not json" in path.read_text(), "the file is left as it was"
+
+
+def test_tensorboard_holds_the_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoard(tmp_path)
+    for n in (1, 2):
+        sink.write(step(n, loss=float(n), tokens_per_second=None if n == 2 else 1400.0))
+    sink.write(evaluation(2, 1.5))
+    sink.write(Saved(2, "x", "end"))
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("step/loss")] == [(1, 1.0), (2, 2.0)]
+    assert [e.step for e in events.Scalars("step/tokens_per_second")] == [1], "a voided step has no throughput"
+    assert [(e.step, e.value) for e in events.Scalars("evaluation/loss")] == [(2, 1.5)]
+
+
+def test_tensorboard_names_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install 'truetune\[tensorboard\]'"):
+        TensorBoard(tmp_path)
+
+
+def test_a_log_file_gets_about_twenty_plain_lines():
+    text = shown(*(step(n) for n in range(1, 1001)), total=1000)
+    lines = text.splitlines()
+    assert 20 <= len(lines) <= 22
+    assert "\x1b" not in text and "\r" not in text
+    assert lines[0].startswith("step 1/1,000 · loss 2.500 · lr 3.00e-04 · grad 1.25 · 1,400 tokens/s · ")
+    assert lines[0].endswith("3 GiB") and "left, done" in lines[0]
+    assert lines[-1].startswith("step 1,000/1,000") and "· done ·" in lines[-1]
+
+
+def test_a_terminal_gets_one_live_line():
+    file = Tty()
+    text = shown(step(1), step(99), step(100), total=100, file=file)
+    assert "\x1b[" in text and "step 100/100" in text and "1,400 tokens/s" in text
+    assert "\n" not in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).strip().replace("\r", ""), "one line only"
+
+
+def test_time_left_counts_only_steps_of_this_session(monkeypatch):
+    clock = iter([100.0, 102.0])
+    monkeypatch.setattr("truetune.training.sinks.time.monotonic", lambda: next(clock))
+    text = shown(step(51, seconds=2.0), step(55, seconds=2.0), total=100)
+    # The session began at 98 s before step 51: five steps in 4 s leave 45 steps at 0.8 s.
+    assert "36 s left" in text.splitlines()[-1]
+
+
+def test_throughput_is_not_quoted_after_void():
+    text = shown(step(100, tokens_per_second=None))
+    assert "tokens/s not quoted" in text and "1,400" not in text
+
+
+def test_evaluations_tell_the_change_since_the_first():
+    text = shown(evaluation(0, 4.0), evaluation(50, 3.0, best=True))
+    assert "step 0: loss 4.0000, perplexity 54.6, accuracy 50.0 %\n" in text
+    assert "step 50: loss 3.0000 (-25.0 % since step 0), perplexity 20.09, accuracy 50.0 %, best so far" in text
+
+
+def test_a_first_loss_of_zero_has_no_relative_change():
+    assert "since" not in shown(evaluation(0, 0.0), evaluation(1, 1.0))
+
+
+def test_samples_stand_beside_those_before_training():
+    before = Samples(0, (Sample("the prompt", "the reference", "rambling " * 100, False),))
+    after = Samples(100, (Sample("the prompt", "the reference", "short", True),))
+    last = shown(before, after).split("step 100\n")[-1]
+    rows = [line.split(maxsplit=1) for line in last.splitlines() if line and not line.startswith(" ")]
+    assert [row[0] for row in rows] == ["prompt", "reference", "step", "step"]
+    assert "(500 more characters) [did not stop]" in " ".join(last.split())
+    assert re.search(r"step 100\s+short\s*$", last), "the later answer ended by itself"
+
+
+def test_checks_and_what_is_learned():
+    verdicts = (
+        Verdict("labels", True, "0 of 9", "unused"),
+        Verdict("leak", False, "0.3, bound 0", "report it"),
+    )
+    text = shown(Checks(0, verdicts, "question ⟦the answer<eos>⟧"))
+    assert "ok         labels: 0 of 9\n" in text
+    assert "FAILED     leak: 0.3, bound 0; report it\n" in text
+    assert "question ⟦the answer<eos>⟧" in text
+
+
+def test_quiet_leaves_alarms_and_failed_checks():
+    verdicts = (Verdict("labels", True, "0 of 9"), Verdict("leak", False, "0.3, bound 0", "report it"))
+    alarm = Alarm(7, "zero gradient", "nothing is learned", voids=True)
+    quiet = [Checks(0, verdicts, "x"), step(100), evaluation(1, 2.0), Saved(1, "p", "end"), alarm]
+    lines = shown(*quiet, Samples(1, (Sample("p", "r", "a", True),)), quiet=True).splitlines()
+    assert lines == [
+        "FAILED     leak: 0.3, bound 0; report it",
+        "ALARM      step 7, zero gradient: nothing is learned; throughput is not quoted from here on",
+    ]
+
+
+@pytest.mark.parametrize("file", [io.StringIO(), Tty()], ids=["log", "terminal"])
+def test_no_row_can_drive_the_terminal(file):
+    verdict = Verdict(ESCAPES, False, ESCAPES, ESCAPES)
+    text = shown(
+        Checks(0, (verdict,), ESCAPES),
+        Samples(0, (Sample(ESCAPES, ESCAPES, ESCAPES, False),)),
+        Saved(1, ESCAPES, ESCAPES),
+        Alarm(1, ESCAPES, ESCAPES, voids=False),
+        file=file,
+    )
+    for harm in ("\x1b[2J", "\x1b]0;", "\x07", "\x9b", "\u202e"):
+        assert harm not in text
+    assert text.count("[bold red]x[/] :smile:") == 3 + 1 + 4 + 2 + 2 - 1, "markup is shown as it is"
+
+
+def test_a_terminal_that_cannot_spell_a_character_does_not_stop_the_run():
+    answer = Sample("Wie heißt du?", "漢字", "🙂", True)
+    assert "Wie hei?t du?" in shown(step(1), Samples(0, (answer,)), file=Ascii())
+
+
+def test_clean_keeps_text_and_counts_what_it_cuts():
+    assert clean("a\tb\n漢🙂é") == "a\tb\n漢🙂é"
+    assert clean("\ud800x\x00\x7f\u2066y") == "?xy"
+    assert clean("x" * 1500, 500) == "x" * 500 + "… (1,000 more characters)"
+    assert clean("x" * 500, 500) == "x" * 500
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (8.14, "8.1 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 0 s"),
+        (723, "12 min 3 s"),
+        (12_000, "3 h 20 min"),
+        (187_200, "2 d 4 h"),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(512, "512 B"), (812 * 2**20, "812 MiB"), (1.43 * 2**30, "1.43 GiB"), (2**37, "128 GiB")],
+)
+def test_size(count, text):
+    assert size(count) == text

@@ -1,0 +1,186 @@
+"""Recipe -> Trainer: the one file that knows every folder below it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from truetune import registry
+from truetune.checks.preflight import Preflight
+from truetune.data import dataset, formats, sources
+from truetune.data.batch import Document
+from truetune.data.chat import Renderer
+from truetune.data.dataset import DataReport
+from truetune.data.sources import Rows
+from truetune.data.stream import Stream
+from truetune.models.adapt import add_lora
+from truetune.models.load import Loaded, load
+from truetune.models.route import choose_route
+from truetune.models.tail import measure_tail
+from truetune.models.wrap import CausalLM
+from truetune.objectives.next_token import NextToken
+from truetune.optim import OPTIMIZERS, parameter_groups
+from truetune.recipe import Recipe
+from truetune.schedules import SCHEDULES, with_warmup
+from truetune.training.checkpoint import Checkpoints
+from truetune.training.evaluate import Evaluator, Sampler
+from truetune.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one side of the data, what became of them, and the account of it."""
+
+    rows: Rows
+    documents: list[Document]
+    report: DataReport
+
+    def used(self, documents: list[Document]) -> list[dict[str, Any]]:
+        """The rows that ``documents`` were made of, in their order."""
+        return [self.rows.rows[d.row] for d in documents]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trainer with what it was made of."""
+
+    recipe: Recipe
+    trainer: Trainer
+    loaded: Loaded
+    train: Part
+    evaluation: Part
+
+
+def assemble(recipe: Recipe, folder: Path | None = None) -> Job:
+    """Everything that the recipe asks for, ready for ``job.trainer.steps()``.
+
+    folder: where checkpoints and failures go; without it the run keeps neither.
+    Raises UserError for whatever the recipe names that is not there or does not fit.
+    """
+    train_rows, held_out_rows = choose_rows(recipe)
+    loaded, model = build_model(recipe)
+    renderer = Renderer(loaded.tokenizer, loaded.stop_ids, recipe.data.max_length)
+    train = tokenized(recipe, train_rows, renderer)
+    evaluation = tokenized(recipe, held_out_rows, renderer)
+    if train.report.template:  # the default, where the tokenizer has none: it must leave with the model
+        loaded.tokenizer.chat_template = renderer.template
+    stream = build_stream(recipe, train.documents)
+    steps = len(stream)
+    shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options)
+    optimizer = registry.bind("optimizer", OPTIMIZERS, recipe.optimizer.name, recipe.optimizer.options)
+    ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
+    groups = parameter_groups(model.trainable().items(), recipe.optimizer.rate, ratio)
+    objective = NextToken()
+    held_out = recipe.evaluation
+    trainer = Trainer(
+        model=model,
+        objective=objective,
+        optimizer=optimizer(groups, recipe.optimizer.rate),
+        schedule=with_warmup(shape, steps, recipe.schedule.warmup),
+        documents=train.documents,
+        stream=stream,
+        clip=recipe.train.clip,
+        preflight=Preflight(loaded),
+        evaluator=Evaluator(evaluation.documents, recipe.train.tokens_per_micro_batch, objective),
+        sampler=build_sampler(recipe, loaded, evaluation) if held_out.samples else None,
+        evaluate_every=held_out.every or -(-steps // 4),
+        checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint.keep) if folder else None,
+        save_every=recipe.checkpoint.every or -(-steps // 4),
+        keep_best=recipe.checkpoint.keep_best,
+        failures=folder,
+    )
+    torch.manual_seed(recipe.train.seed)
+    return Job(recipe, trainer, loaded, train, evaluation)
+
+
+def choose_rows(recipe: Recipe) -> tuple[Rows, Rows]:
+    """Rows to train on and rows held out, which never share a row."""
+    held_out, seed = recipe.evaluation, recipe.train.seed
+    train = sources.load(recipe.data.source, recipe.data.split)
+    if held_out.source:
+        evaluation = sources.load(held_out.source, held_out.split or "train")
+    elif split := held_out.split or train.held_out_split:
+        evaluation = sources.load(recipe.data.source, split)
+    else:
+        train, evaluation = dataset.hold_out(train, held_out.fraction, seed)
+    if recipe.data.rows:
+        train = dataset.first(train, recipe.data.rows)
+    return train, dataset.draw(evaluation, held_out.rows, seed)
+
+
+def tokenized(recipe: Recipe, rows: Rows, renderer: Renderer) -> Part:
+    documents, report = dataset.tokenize(rows, recipe.data.format, renderer, recipe.data.cut_limit)
+    return Part(rows, documents, report)
+
+
+def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
+    """The model, adapted as the recipe says, on its device."""
+    device = pick_device(recipe.device)
+    dtype = pick_dtype(recipe.model.precision, device)
+    adapter = recipe.adapter
+    # A trained weight is kept in fp32, whatever it is computed in: bf16 would round its updates away.
+    stored = dtype if adapter.method == "lora" else torch.float32
+    loaded = load(
+        recipe.model.path,
+        dtype=stored,
+        revision=recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    hf = loaded.model
+    hf.to(device)  # type: ignore[arg-type]  # transformers wraps the method in a way that loses its signature
+    tail = measure_tail(hf)
+    route = choose_route(hf, tail.decoder)
+    torch.manual_seed(recipe.train.seed)
+    if adapter.method == "full":
+        return loaded, CausalLM(hf, tail, route, dtype)
+    model = add_lora(
+        hf,
+        tail.head,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=adapter.targets,
+    )
+    return loaded, CausalLM(model, tail, route, dtype)
+
+
+def build_sampler(recipe: Recipe, loaded: Loaded, evaluation: Part) -> Sampler:
+    documents = evaluation.documents[: recipe.evaluation.samples]
+    form = evaluation.report.format
+    questions = [formats.question(formats.read(form, row, 0)) for row in evaluation.used(documents)]
+    return Sampler(loaded, documents, questions, recipe.evaluation.sample_tokens)
+
+
+def build_stream(recipe: Recipe, documents: list[Document]) -> Stream:
+    train = recipe.train
+    return Stream(
+        [len(d) for d in documents],
+        train.tokens_per_step,
+        train.tokens_per_micro_batch,
+        train.seed,
+        epochs=train.epochs,
+        steps=train.steps,
+        tokens=train.tokens,
+    )
+
+
+def pick_device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What matrix products are computed in; "auto" is bfloat16 where the hardware has products for it."""
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        fast = any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32

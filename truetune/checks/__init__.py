@@ -1,0 +1,1 @@
+"""Checks that a run is real: before the first step, and later on demand."""

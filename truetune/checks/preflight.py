@@ -1,0 +1,265 @@
+"""Checks before the first step, on real documents of at most 256 tokens.
+
+Two optimizer steps are really taken, at the peak rate, and everything they touch is put back: weights,
+optimizer state, gradients, random state. The second step is needed because LoRA's A can't have a gradient
+before B has moved. Parity and isolation are then measured on the moved weights, where adapters matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from truetune.data.batch import IGNORE, Batch, Document
+from truetune.models.adapt import unfused
+from truetune.models.load import Loaded
+from truetune.models.wrap import CausalLM
+from truetune.optim import set_rate
+from truetune.training.gradient import accumulate
+from truetune.training.integrity import fingerprints, integrity
+from truetune.training.record import Checks, Verdict
+from truetune.training.trainer import Trainer
+
+TOKENS = 256
+LOSS_BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Relative difference of a loss between two ways to compute it. bfloat16 has 8 bits: one rounding is 4e-3."""
+GRADIENT_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Relative L2 difference of a whole gradient; a leak between documents is of order one."""
+
+
+class Preflight:
+    """``Preflight(loaded)(trainer)`` gives the verdicts."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.tokenizer, self.stop_ids = loaded.tokenizer, loaded.stop_ids
+
+    def __call__(self, trainer: Trainer) -> Checks:
+        documents = probe_documents(trainer)
+        verdicts = [trainable(trainer.model), targets(documents), stops(trainer.documents, self.stop_ids)]
+        if all(v.passed for v in verdicts):
+            with _restored(trainer):
+                verdicts += moved(trainer, documents)
+                verdicts.append(parity(trainer.model, trainer, documents))
+                verdicts += neighbours(trainer.model, trainer, documents)
+        return Checks(trainer.step, tuple(verdicts), self.shown(documents[0]))
+
+    def shown(self, document: Document) -> str:
+        """The document decoded, its targets between ⟦ and ⟧."""
+        parts, start = [], 0
+        edges = [*(np.flatnonzero(np.diff(document.targets.astype(np.int8))) + 1).tolist(), len(document)]
+        for end in edges:
+            text = str(self.tokenizer.decode(document.tokens[start:end].tolist()))
+            parts.append(f"⟦{text}⟧" if document.targets[start] else text)
+            start = end
+        return "".join(parts)
+
+
+def probe_documents(trainer: Trainer) -> list[Document]:
+    """At least two documents of the first step, cut to 256 tokens in all but never to less than a target."""
+    first = [trainer.documents[i] for i in trainer.stream.step(0)]
+    chosen: list[Document] = []
+    for document in first:
+        if sum(map(len, chosen)) + len(document) <= TOKENS:
+            chosen.append(document)
+    if len(chosen) < 2:
+        pair = first[:2] if len(first) > 1 else first * 2
+        chosen = [crop(d, TOKENS // 2) for d in pair]
+    return chosen
+
+
+def crop(document: Document, length: int) -> Document:
+    """At most ``length`` tokens around the first target of ``document``."""
+    start = max(0, min(int(document.targets.argmax()) - length // 2, len(document) - length))
+    targets = document.targets[start : start + length].copy()
+    targets[0] = False
+    return replace(document, tokens=document.tokens[start : start + length], targets=targets, ends=())
+
+
+def trainable(model: CausalLM) -> Verdict:
+    trained = model.trainable().values()
+    count = sum(p.numel() for p in trained)
+    figure = f"{count:,} of {sum(p.numel() for p in model.parameters()):,} parameters in {len(trained)} tensors"
+    return Verdict("something is trainable", count > 0, figure, "check adapter.targets")
+
+
+def targets(documents: Sequence[Document]) -> Verdict:
+    count, tokens = sum(d.target_count for d in documents), sum(map(len, documents))
+    advice = "check data.format, and that the rows hold answers"
+    return Verdict("targets exist", count > 0, f"{count} of {tokens} probe tokens are targets", advice)
+
+
+def stops(documents: Sequence[Document], stop_ids: frozenset[int]) -> Verdict:
+    """Every complete trained turn must end in a token that ends an answer, and that token be trained."""
+    ends = [(int(d.tokens[e]), bool(d.targets[e]), d.row) for d in documents for e in d.ends]
+    bad = [row for token, trained, row in ends if not (trained and token in stop_ids)]
+    figure = f"{len(ends) - len(bad)} of {len(ends)} turns" + (f" (not: row {bad[0]})" if bad else "")
+    advice = "the chat template must end an answer in a stop token; without it the model never learns to stop"
+    return Verdict("trained turns end in a stop token", not bad, figure, advice)
+
+
+@contextmanager
+def _restored(trainer: Trainer) -> Iterator[None]:
+    """Put weights, gradients, optimizer state, random state and mode back, whatever happens inside."""
+    model, optimizer = trainer.model, trainer.optimizer
+    weights = {n: p.detach().clone() for n, p in model.trainable().items()}
+    state, rates = optimizer.state, [g["lr"] for g in optimizer.param_groups]
+    training = model.training
+    optimizer.state = defaultdict(dict)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            optimizer.state = state
+            model.zero_grad(set_to_none=True)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            with torch.no_grad():
+                for name, p in model.trainable().items():
+                    p.copy_(weights[name])
+            model.train(training)
+
+
+def moved(trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
+    """Take two steps at the peak rate: gradients where they can be, movement where it must be."""
+    model, batch = trainer.model, Batch.of(documents, trainer.model.device)
+    before = fingerprints(model.model)
+    model.eval()  # dropout would hide a gradient by chance
+    set_rate(trainer.optimizer, 1.0)
+    called = _called(model, batch)
+    seen: dict[str, bool] = {}
+    finite = True
+    for _ in range(2):
+        trainer.model.zero_grad(set_to_none=True)
+        accumulate(model, trainer.objective, [batch])
+        for name, p in model.trainable().items():
+            finite = finite and (p.grad is None or bool(torch.isfinite(p.grad).all()))
+            seen[name] = seen.get(name, False) or (p.grad is not None and bool(p.grad.any()))
+        trainer.optimizer.step()
+    idle = [n for n, ok in seen.items() if not ok and _unrouted(model, n, called)]
+    dead = [n for n, ok in seen.items() if not ok and n not in idle]
+    figure = f"{sum(seen.values())} of {len(seen)} tensors"
+    figure += f" (not: {dead[0]})" if dead else ""
+    figure += f"; {len(idle)} belong to experts that this batch was not routed to ({idle[0]}, ...)" if idle else ""
+    gradient = Verdict(
+        "every trained tensor gets a finite gradient",
+        finite and not dead,
+        figure if finite else "a gradient is NaN or infinite",
+        "check that the tensor takes part in the forward, and the precision",
+    )
+    return [gradient, *_but_idle(integrity(model.model, before), model, before, idle)]
+
+
+def _but_idle(verdicts: list[Verdict], model: CausalLM, before: dict, idle: Sequence[str]) -> list[Verdict]:
+    """Experts that were not routed to need not move."""
+    if not idle:
+        return verdicts
+    after = fingerprints(model.model)
+    still = [n for n in model.trainable() if after[n] == before[n] and n not in idle]
+    total = len(model.trainable()) - len(idle)
+    first = replace(verdicts[0], passed=not still, figure=f"{total - len(still)} of {total} routed")
+    return [first, *verdicts[1:]]
+
+
+@torch.no_grad()
+def _called(model: CausalLM, batch: Batch) -> set[nn.Module]:
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda m, _a, _o: called.add(m)) for m in model.modules()]
+    try:
+        with model.autocast():
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def _unrouted(model: CausalLM, name: str, called: set[nn.Module]) -> bool:
+    """Is the tensor inside an entry of a module list that was not called while a sibling was?"""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        parent = model.get_submodule("model." + ".".join(parts[:i]))
+        if isinstance(parent, nn.ModuleList):
+            child = parent[int(parts[i])]
+            if child not in called and any(m in called for m in parent):
+                return True
+    return False
+
+
+@torch.no_grad()
+def parity(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> Verdict:
+    """Our loss against logits of the plain Hugging Face model, one document at a time, eager attention."""
+    model.eval()
+    batch = Batch.of(documents, model.device)
+    ours = trainer.objective(model, batch).losses.double()
+    plain: list[Tensor] = []
+    with model.as_published("eager") as hf, unfused(hf), model.autocast():
+        for tokens, labels in zip(batch.tokens.split(batch.lengths), batch.labels.split(batch.lengths), strict=True):
+            logits = hf(input_ids=tokens[None], use_cache=False).logits[0].float()
+            plain.append(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")[labels != IGNORE])
+    theirs = torch.cat(plain).double()
+    difference = float((ours.mean() - theirs.mean()).abs() / theirs.mean().abs().clamp_min(1e-9))
+    bound = LOSS_BOUND[model.dtype]
+    figure = (
+        f"{float(ours.mean()):.4f} against {float(theirs.mean()):.4f}: {difference:.1e} relative, bound {bound:.0e}"
+    )
+    advice = "this model is not computed rightly here; please report it with its config"
+    return Verdict("loss equals plain Hugging Face", difference <= bound, figure, advice)
+
+
+def neighbours(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
+    """My loss and gradient beside neighbours of other content, length and order, against mine alone."""
+    mine, other = documents[0], documents[1]
+    generator = np.random.default_rng(0)
+    stranger = replace(other, tokens=generator.permutation(other.tokens), targets=np.zeros_like(other.targets))
+    short = replace(
+        stranger,
+        tokens=stranger.tokens[: len(other) // 2 + 1],
+        targets=stranger.targets[: len(other) // 2 + 1],
+    )
+    model.eval()
+    loss, gradient = _mine(model, trainer, [mine])
+    worst_loss, worst_gradient = 0.0, 0.0
+    for pack in ([mine, stranger], [short, mine], [stranger, mine, short]):
+        got, g = _mine(model, trainer, pack)
+        worst_loss = max(worst_loss, abs(got - loss) / max(abs(loss), 1e-9))
+        worst_gradient = max(worst_gradient, _distance(g, gradient))
+    advice = "documents leak into each other; please report the model's config"
+    return [
+        Verdict(
+            "neighbours do not change my loss",
+            worst_loss <= LOSS_BOUND[model.dtype],
+            f"{worst_loss:.1e} relative, bound {LOSS_BOUND[model.dtype]:.0e}",
+            advice,
+        ),
+        Verdict(
+            "neighbours do not change my gradient",
+            worst_gradient <= GRADIENT_BOUND[model.dtype],
+            f"{worst_gradient:.1e} relative, bound {GRADIENT_BOUND[model.dtype]:.0e}",
+            advice,
+        ),
+    ]
+
+
+def _mine(model: CausalLM, trainer: Trainer, pack: Sequence[Document]) -> tuple[float, list[Tensor | None]]:
+    trainer.model.zero_grad(set_to_none=True)
+    loss = float(accumulate(model, trainer.objective, [Batch.of(pack, model.device)]))
+    return loss, [None if p.grad is None else p.grad.clone() for p in model.trainable().values()]
+
+
+def _distance(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
+    """Relative L2 distance of two gradients."""
+    off = sum(
+        float((x - y).double().square().sum()) for x, y in zip(a, b, strict=True) if x is not None and y is not None
+    )
+    size = sum(float(y.double().square().sum()) for y in b if y is not None)
+    lost = any((x is None) != (y is None) for x, y in zip(a, b, strict=True))
+    return math.inf if lost else math.sqrt(off / max(size, 1e-30))

@@ -1,0 +1,235 @@
+"""The command line. Every command reads what it was given, calls one function, and prints what it returns.
+
+Whatever takes time to import is imported inside the command that needs it, so that ``--help`` is instant.
+A fault that the user can mend is one line on stderr and exit status 2; any other exception is a bug of ours
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from truetune.errors import UserError
+
+if TYPE_CHECKING:
+    from truetune.recipe import Recipe
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+def _group(purpose: str) -> typer.Typer:
+    return typer.Typer(
+        cls=_Commands,
+        help=purpose,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
+app = _group("Train language models: fast, and verified to be real.")
+show = _group("Print what there is to choose from.")
+app.add_typer(show, name="show")
+
+RecipeAndKeys = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe's file or name, then keys such as train.steps=100."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``truetune``."""
+    # So that a recipe can name the user's own as module:attribute; last, so that it hides nothing installed.
+    sys.path.append(str(Path.cwd()))
+    app(prog_name="truetune")
+
+
+@app.command()
+def train(
+    arguments: RecipeAndKeys = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show and check all, train nothing.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder.")
+    ] = None,
+) -> None:
+    """Train as the recipe says; for a start: truetune train quickstart model.path=MODEL."""
+    recipe = _recipe(arguments or [], resume)
+    from truetune.run import Interrupted
+    from truetune.run import train as run_train
+
+    try:
+        run_train(recipe, resume=resume, dry_run=dry_run)
+    except Interrupted as stop:
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="The folder of a run or a model.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="May be repeated; without it: lines of standard input."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer may have.")] = 128,
+) -> None:
+    """Answer prompts with what was trained."""
+    prompts = prompt or [line.strip() for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise UserError("there is no prompt; give --prompt TEXT, or one prompt a line on standard input")
+    from truetune.run import generate as run_generate
+
+    for answer in run_generate(path, prompts, max_tokens):
+        typer.echo(answer)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    merged: Annotated[bool, typer.Option("--merged/--adapter", help="The whole model, or only the adapter.")] = True,
+    to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="Where to write it.")] = None,
+) -> None:
+    """Write the trained model so that other programs load it."""
+    from truetune.run import export as run_export
+
+    run_export(run, "merged" if merged else "adapter", to)
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write the page of a run and print its path."""
+    from truetune.run import report as run_report
+
+    typer.echo(run_report(run))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has for training, and what it lacks."""
+    from truetune.doctor import examine
+
+    findings = list(examine())
+    _print_table(findings)
+    if any(finding.state == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+@show.command()
+def optimizers() -> None:
+    """Names for optimizer.name, with the options of each and their defaults."""
+    _print_parts("optimizer")
+
+
+@show.command()
+def schedules() -> None:
+    """Names for schedule.name, with the options of each and their defaults."""
+    _print_parts("schedule")
+
+
+@show.command()
+def recipes() -> None:
+    """The ready recipes; each starts with a line that says what it is for."""
+    from truetune.spelling import ready
+
+    first_lines = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in ready().items()}
+    _print_table((name, line.lstrip("# ")) for name, line in first_lines.items())
+
+
+@show.command()
+def recipe(arguments: RecipeAndKeys = None) -> None:
+    """Every key with its value after the defaults, and its meaning; * marks what is written."""
+    from truetune.spelling import describe
+
+    keys = describe(*_split(arguments or []))
+    _print_table((d.key, "*" if d.written else "", d.value, d.description) for d in keys)
+
+
+@show.command()
+def schema() -> None:
+    """The JSON schema of recipes, for editors that complete them."""
+    import json
+
+    from truetune.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@show.command()
+def checkpoints(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folders of runs.")],
+) -> None:
+    """The checkpoints of runs: where, how large, and whether every file is as it was written."""
+    from truetune.training.checkpoint import Checkpoints, verify
+
+    rows = []
+    for run in runs:
+        if not (run / "checkpoints").is_dir():
+            raise UserError(f"{run} has no folder of checkpoints; give the folder of a run")
+        kept = Checkpoints(run / "checkpoints")
+        for folder in map(kept.path, kept.steps()):
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            try:
+                verify(folder)
+                state = "intact"
+            except UserError as error:
+                state = str(error)
+            rows.append((str(folder), f"{size / 1e6:.1f} MB", state))
+    _print_table(rows)
+
+
+def _recipe(arguments: Sequence[str], resume: Path | None) -> Recipe:
+    from truetune.spelling import read
+
+    if resume is None:
+        return read(*_split(arguments))
+    if arguments:
+        raise UserError(f"--resume goes on with the recipe of {resume}; leave out {' '.join(arguments)}")
+    own = resume / "recipe.yaml"
+    if not own.is_file():
+        raise UserError(f"{resume} is not the folder of a run, it has no recipe.yaml; check the path")
+    return read(str(own))
+
+
+def _split(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """The recipe, if the first argument is one, and the keys."""
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def _print_parts(kind: str) -> None:
+    from truetune.registry import spell, user_options
+    from truetune.spelling import table
+
+    def options(name: str, function: Any) -> str:
+        parameters: Mapping[str, Any] = user_options(kind, name, function)
+        return "  ".join(key if p.default is p.empty else f"{key}={spell(p.default)}" for key, p in parameters.items())
+
+    _print_table(
+        (name, (function.__doc__ or "").partition("\n")[0], options(name, function))
+        for name, function in table(kind).items()
+    )
+
+
+def _print_table(rows: Iterable[Sequence[str]]) -> None:
+    """Columns of text, two spaces apart; plain, so that it can be piped."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())

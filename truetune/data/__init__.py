@@ -1,0 +1,1 @@
+"""Rows in, ragged batches out: sources, formats, chat rendering, packing, the order of a run."""

@@ -1,0 +1,156 @@
+"""Attention over documents that stand end to end: causal inside each, nothing between them.
+
+Packed without padding and without a [T, T] mask: each document is attended on its own, so isolation is
+structural, not numerical. The plain case runs torch's fused attention (flash on CPU and GPU, grouped-query
+without repeated keys). A sliding window goes over blocks of queries, each with only the keys it can see.
+Soft cap (Gemma 2) and sinks (GPT-OSS) have no fused kernel in torch and run as explicit fp32 softmax.
+
+Left out: bidirectional and chunked attention, keys from a cache.
+Shape suffixes: H query heads, K key heads (K divides H), T tokens of the pack, L of one document, B of one
+block of queries, S keys that a block can see, d size of a query head, e of a value head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from truetune.kernels.op import Op, compute_dtype, statistics_dtype
+
+SHORT = 256
+"""Queries below which a CPU attends in fp32: torch's bf16 kernel took 1.2 to 2.3 times as long on 32 to 300 tokens
+(forward and backward, three head layouts, 2 cores of an AMD Zen 4), and less from about 600 on."""
+SMALLEST_BLOCK = 128
+"""Queries per block under a sliding window, at least."""
+
+
+@Op
+def packed_attention(
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    v_KTe: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(scale q k^T) v within each of the documents of ``lengths`` -> out_HTe.
+
+    window: query i sees keys i - window + 1 to i (transformers' ``sliding_window``).
+    softcap: scores become softcap * tanh(score / softcap).
+    sinks_H: one more logit per head in the softmax's denominator, which carries no value.
+    dropout: probability with which an attention weight is zeroed (the rest is scaled up).
+    Raises ValueError if the lengths do not add up to T or K does not divide H.
+    """
+    _check(q_HTd, k_KTd, lengths)
+    document_T = torch.repeat_interleave(torch.tensor(lengths)).to(q_HTd.device)
+    position_T = torch.arange(len(document_T), device=q_HTd.device)
+    seen_TT = (document_T[:, None] == document_T) & (position_T[:, None] >= position_T)
+    if window is not None:
+        seen_TT &= position_T[:, None] - position_T < window
+    return _explicit(q_HTd, k_KTd, v_KTe, seen_TT, scale, softcap, sinks_H, dropout)
+
+
+@packed_attention.on("cpu", "cuda")
+def _by_document(
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    v_KTe: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    _check(q_HTd, k_KTd, lengths)
+    if sinks_H is not None:  # so that the parts of its gradient, one per block, add up in fp32
+        sinks_H = sinks_H.to(statistics_dtype(sinks_H.dtype))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        if softcap is None and sinks_H is None:
+            return _fused(q, k, v, window, scale, dropout)
+        seen_BS = _seen(q.shape[1], k.shape[1], window, q.device)
+        return _explicit(q, k, v, seen_BS, scale, softcap, sinks_H, dropout)
+
+    outputs = []
+    # split, not slices: its backward joins the gradients once instead of padding each to the whole pack.
+    for q, k, v in zip(*(x.split(lengths, dim=1) for x in (q_HTd, k_KTd, v_KTe)), strict=True):
+        length = q.shape[1]
+        if window is None or window >= length:
+            outputs.append(attend(q, k, v))
+            continue
+        block = max(window, SMALLEST_BLOCK)
+        for start in range(0, length, block):
+            first, end = max(0, start - window + 1), min(start + block, length)
+            outputs.append(attend(q[:, start:end], k[:, first:end], v[:, first:end], window))
+    return torch.cat(outputs, dim=1)
+
+
+def _check(q_HTd: Tensor, k_KTd: Tensor, lengths: tuple[int, ...]) -> None:
+    heads, tokens, _ = q_HTd.shape
+    if sum(lengths) != tokens:
+        raise ValueError(f"lengths add up to {sum(lengths)}, but there are {tokens} tokens; pass both in full")
+    if heads % k_KTd.shape[0]:
+        raise ValueError(f"{k_KTd.shape[0]} key heads do not divide {heads} query heads; check the shapes")
+
+
+def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys the last queries of a document of that many keys see: bool [B, S]."""
+    key_S = torch.arange(keys, device=device)
+    behind_BS = key_S[keys - queries :, None] - key_S
+    return behind_BS >= 0 if window is None else (behind_BS >= 0) & (behind_BS < window)
+
+
+def _fused(q_HBd: Tensor, k_KSd: Tensor, v_KSe: Tensor, window: int | None, scale: float, dropout: float) -> Tensor:
+    """Torch's fused attention, which wants one head size: zeros change neither scores nor kept values."""
+    values = v_KSe.shape[-1]
+    missing = q_HBd.shape[-1] - values
+    if missing > 0:
+        v_KSe = F.pad(v_KSe, (0, missing))
+    elif missing < 0:
+        q_HBd, k_KSd = F.pad(q_HBd, (0, -missing)), F.pad(k_KSd, (0, -missing))
+    mask = None if window is None else _seen(q_HBd.shape[1], k_KSd.shape[1], window, q_HBd.device)
+    dtype = compute_dtype(q_HBd, k_KSd)
+    short = dtype == torch.bfloat16 and q_HBd.device.type == "cpu" and q_HBd.shape[1] < SHORT
+    q_HBd, k_KSd, v_KSe = (x.to(torch.float32 if short else dtype) for x in (q_HBd, k_KSd, v_KSe))
+    with torch.autocast(q_HBd.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(
+            q_HBd[None], k_KSd[None], v_KSe[None], mask, dropout, mask is None, scale=scale, enable_gqa=True
+        )
+    return out[0, ..., :values].to(dtype)
+
+
+def _explicit(
+    q_HBd: Tensor,
+    k_KSd: Tensor,
+    v_KSe: Tensor,
+    seen_BS: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """The same from its equations, in at least fp32."""
+    heads, queries, _ = q_HBd.shape
+    dtype = compute_dtype(q_HBd, k_KSd, v_KSe)
+    work = statistics_dtype(dtype)
+    with torch.autocast(q_HBd.device.type, enabled=False):
+        # Heads of one key head as one longer sequence of queries: keys and values need no copy.
+        q_KGd = q_HBd.to(work).reshape(len(k_KSd), -1, q_HBd.shape[-1])
+        scores_HBS = (q_KGd @ k_KSd.to(work).mT).view(heads, queries, -1) * scale
+        if softcap is not None:
+            scores_HBS = softcap * torch.tanh(scores_HBS / softcap)
+        scores_HBS = scores_HBS.masked_fill(~seen_BS, -torch.inf)
+        if sinks_H is None:
+            weights_HBS = scores_HBS.softmax(-1)
+        else:
+            sinks_HB1 = sinks_H.to(work)[:, None, None].expand(heads, queries, 1)
+            weights_HBS = torch.cat([scores_HBS, sinks_HB1], -1).softmax(-1)[..., :-1]
+        if dropout:
+            weights_HBS = F.dropout(weights_HBS, dropout)
+        weights_KGS = weights_HBS.reshape(len(v_KSe), -1, weights_HBS.shape[-1])
+        return (weights_KGS @ v_KSe.to(work)).view(heads, queries, -1).to(dtype)

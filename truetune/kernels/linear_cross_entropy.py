@@ -1,0 +1,197 @@
+"""Head and cross-entropy in one: the loss of hidden states against a classifier, without a logits matrix.
+
+    logits = softcap * tanh(scale * (h W^T + b) / softcap)        loss = logsumexp(logits) - logits[label]
+
+The equal goes over the rows in chunks of a fixed number of bytes and computes loss and gradients in the same
+pass: the gradient of the sum is known up to one factor, grad_output, which the backward multiplies in. So
+memory grows neither with the rows nor with the vocabulary. Statistics are fp32, and the gradient of the
+weight is summed in fp32 from unrounded softmax values.
+
+Idea: chunks and gradient-in-forward as in Liger (Hsu et al. 2024, arXiv 2410.10989); cut cross-entropy
+(Wijmans et al. 2024, arXiv 2411.09009) instead chunks the vocabulary. Left out: gradient filtering, z-loss,
+label smoothing, ignored labels (the caller selects the target rows), second derivatives.
+
+Under autocast a weight of another dtype is cast once per call, as ``F.linear`` does. The gradient of a bf16
+weight needs an fp32 accumulator of the weight's shape; that of an fp32 weight is its own.
+Shape suffixes: N target rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from truetune.kernels.op import Op, compute_dtype, statistics_dtype
+
+CHUNK_BYTES = 96 << 20
+"""Most bytes that a chunk's logits and their fp32 statistics may take."""
+
+
+class LossTerms(NamedTuple):
+    """total: differentiable sum, a scalar of at least fp32. losses_N: the rows' losses, detached (nats).
+    correct_N: bool; whether the label's logit is above every other's (a tie is no hit), detached."""
+
+    total: Tensor
+    losses: Tensor
+    correct: Tensor
+
+
+@Op
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> LossTerms:
+    """Summed cross-entropy of rows of hidden states under a linear head.
+
+    hidden_ND, weight_VD and bias_V are fp32 or bf16 of one dtype, or any under autocast; labels_N are int64
+    class ids in [0, V). Without rows the total is 0 and so are its gradients. Gradients come back in the
+    inputs' dtypes, and only for inputs that require them; the equals allow one backward per forward.
+    Raises ValueError if the dtypes differ outside autocast.
+    """
+    logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
+    logits_NV = logits_NV.to(statistics_dtype(logits_NV.dtype)) * scale
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
+    index_N1 = labels_N[:, None]
+    rivals_NV = logits_NV.detach().scatter(1, index_N1, -math.inf)
+    correct_N = logits_NV.detach().gather(1, index_N1)[:, 0] > rivals_NV.amax(1)
+    return LossTerms(losses_N.sum(), losses_N.detach(), correct_N)
+
+
+@linear_cross_entropy.on("cpu", "cuda")
+def _chunked(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> LossTerms:
+    gradients = torch.is_grad_enabled()
+    return LossTerms(*_Chunked.apply(hidden_ND, weight_VD, bias_V, labels_N, scale, softcap, gradients))
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        scale: float,
+        softcap: float | None,
+        gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = tuple(gradients and needed for needed in ctx.needs_input_grad[:3])
+        dtype = compute_dtype(hidden_ND, weight_VD)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            sweep = _Sweep(weight_VD.to(dtype), bias_V, scale, softcap, len(hidden_ND))
+            losses_N, correct_N, found = sweep(hidden_ND, labels_N, wanted)
+        grad_hidden_ND, grad_weight_VD, grad_bias_V = found
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        if grad_bias_V is not None and bias_V is not None:
+            grad_bias_V = grad_bias_V.to(bias_V.dtype)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.mark_non_differentiable(losses_N, correct_N)
+        return losses_N.sum(), losses_N, correct_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, since the weight's gradient can be the largest tensor of a run. Autograd's version
+        # counter makes a second backward through the same graph an error rather than a wrong gradient.
+        scaled = (None if g is None else g.mul_(grad_total) for g in ctx.saved_tensors)
+        return (*scaled, None, None, None, None)
+
+
+class _Sweep:
+    """One pass over the rows with buffers that are allocated once."""
+
+    def __init__(
+        self, weight_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None, rows: int
+    ) -> None:
+        self.weight_VD, self.bias_V, self.scale, self.softcap = weight_VD, bias_V, scale, softcap
+        dtype, work = weight_VD.dtype, statistics_dtype(weight_VD.dtype)
+        vocabulary = len(weight_VD)
+        row_bytes = vocabulary * (work.itemsize * (1 + (softcap is not None)) + dtype.itemsize * (dtype != work))
+        chunks = math.ceil(rows / max(1, CHUNK_BYTES // row_bytes))
+        self.rows = math.ceil(rows / max(1, chunks))
+        shape = (self.rows, vocabulary)
+        self.work_CV = weight_VD.new_empty(shape, dtype=work)
+        self.logits_CV = self.work_CV if dtype == work else weight_VD.new_empty(shape)
+        self.slope_CV = None if softcap is None else weight_VD.new_empty(shape, dtype=work)
+
+    def __call__(
+        self, hidden_ND: Tensor, labels_N: Tensor, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Losses, hits, and the gradients of hidden, weight and bias that are wanted."""
+        for_hidden, for_weight, for_bias = wanted
+        rows, work = len(hidden_ND), self.work_CV.dtype
+        losses_N = hidden_ND.new_empty(rows, dtype=work)
+        correct_N = hidden_ND.new_empty(rows, dtype=torch.bool)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if for_hidden else None
+        grad_weight_VD = torch.zeros_like(self.weight_VD, dtype=work) if for_weight else None
+        grad_bias_V = self.weight_VD.new_zeros(len(self.weight_VD), dtype=work) if for_bias else None
+        for start in range(0, rows, max(1, self.rows)):
+            part = slice(start, start + self.rows)
+            hidden_CD, labels_C1 = hidden_ND[part].to(self.weight_VD.dtype), labels_N[part, None]
+            work_CV = self._softmax(hidden_CD, labels_C1, losses_N[part], correct_N[part])
+            if not any(wanted):
+                continue
+            self._to_gradient(work_CV, labels_C1)
+            if grad_hidden_ND is not None:
+                logits_CV = self.logits_CV[: len(hidden_CD)]
+                if logits_CV.dtype != work:
+                    logits_CV.copy_(work_CV)
+                grad_hidden_ND[part] = logits_CV @ self.weight_VD
+            if grad_weight_VD is not None:
+                grad_weight_VD.addmm_(work_CV.T, hidden_CD.to(work))
+            if grad_bias_V is not None:
+                grad_bias_V += work_CV.sum(0)
+        return losses_N, correct_N, (grad_hidden_ND, grad_weight_VD, grad_bias_V)
+
+    def _softmax(self, hidden_CD: Tensor, labels_C1: Tensor, losses_C: Tensor, correct_C: Tensor) -> Tensor:
+        """Fill losses_C and correct_C; return the softmax, which stands in the work buffer."""
+        rows = len(hidden_CD)
+        work_CV, logits_CV = self.work_CV[:rows], self.logits_CV[:rows]
+        torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
+        if logits_CV.dtype != work_CV.dtype:
+            work_CV.copy_(logits_CV)
+        if self.bias_V is not None:
+            work_CV.add_(self.bias_V)
+        if self.scale != 1.0:
+            work_CV.mul_(self.scale)
+        if self.softcap is not None and self.slope_CV is not None:
+            work_CV.div_(self.softcap).tanh_()
+            torch.mul(work_CV, work_CV, out=self.slope_CV[:rows]).neg_().add_(1)
+            work_CV.mul_(self.softcap)
+        label_C1 = work_CV.gather(1, labels_C1)
+        rival_C1 = work_CV.scatter_(1, labels_C1, -math.inf).amax(1, keepdim=True)
+        work_CV.scatter_(1, labels_C1, label_C1)
+        torch.softmax(work_CV, 1, out=work_CV)
+        # The largest probability is 1 / sum exp(z - max z), at least 1/V: its logarithm never overflows,
+        # whereas that of the label's probability would.
+        logsumexp_C1 = torch.maximum(label_C1, rival_C1) - work_CV.amax(1, keepdim=True).log()
+        losses_C.copy_((logsumexp_C1 - label_C1)[:, 0])
+        correct_C.copy_((label_C1 > rival_C1)[:, 0])
+        return work_CV
+
+    def _to_gradient(self, work_CV: Tensor, labels_C1: Tensor) -> None:
+        """Turn the softmax, in place, into the gradient of the summed loss by h W^T + b."""
+        work_CV.scatter_add_(1, labels_C1, work_CV.new_full((1, 1), -1.0).expand_as(labels_C1))
+        if self.slope_CV is not None:
+            work_CV.mul_(self.slope_CV[: len(work_CV)])
+        if self.scale != 1.0:
+            work_CV.mul_(self.scale)

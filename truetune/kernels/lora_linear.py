@@ -1,0 +1,91 @@
+"""A frozen linear layer with a LoRA adapter, forward and backward without a full-size temporary.
+
+    y = x W^T + bias + s (x A^T) B^T        dx = dy W + s (dy B) A
+    dA = s (dy B)^T x                       dB = s dy^T (x A^T)
+
+LoRA: Hu et al. 2021, arXiv 2106.09685. The two products of size [T, O] and [T, I] that the adapter adds are
+added in place, and only x and the small x A^T are saved. Left out: adapter dropout, DoRA, a trained base.
+
+Shape suffixes: T rows of x, I inputs, O outputs, R rank of the adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from truetune.kernels.op import Op, compute_dtype
+
+
+@Op
+def lora_linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
+) -> Tensor:
+    """x [..., I] -> [..., O] through a frozen weight and bias and the adapter scaling * B A.
+
+    Computes in autocast's dtype where it is on, else in the dtype of x and weight, which then must be equal;
+    the adapter may have another (fp32 over a bf16 base), and its gradients come back in it.
+    Raises ValueError if weight or bias requires a gradient, or if the dtypes do not fit.
+    """
+    _require_frozen(weight_OI, bias_O)
+    dtype = compute_dtype(x, weight_OI)
+    low = F.linear(x, a_RI.to(dtype))
+    return F.linear(x, weight_OI, bias_O) + scaling * F.linear(low, b_OR.to(dtype))
+
+
+@lora_linear.on("cpu", "cuda")
+def _fused(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
+    _require_frozen(weight_OI, bias_O)
+    return _LoRALinear.apply(x, weight_OI, bias_O, a_RI, b_OR, scaling)
+
+
+def _require_frozen(weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    if weight_OI.requires_grad or (bias_O is not None and bias_O.requires_grad):
+        raise ValueError("lora_linear has no gradient for its weight and bias; freeze them first")
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        dtype = compute_dtype(x, weight_OI)
+        x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y_TO = F.linear(x_TI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+            low_TR = x_TI @ a_RI.to(dtype).T
+            y_TO.addmm_(low_TR, (b_OR * scaling).to(dtype).T)
+        _, _, _, for_a, for_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x_TI if for_a else None, weight_OI, a_RI, b_OR, low_TR if for_b else None)
+        ctx.scaling, ctx.shape, ctx.dtype = scaling, x.shape, x.dtype
+        return y_TO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight_OI, a_RI, b_OR, low_TR = ctx.saved_tensors
+        for_x, _, _, for_a, for_b, _ = ctx.needs_input_grad
+        grad_TO = grad_y.reshape(-1, grad_y.shape[-1])
+        dtype = grad_TO.dtype
+        grad_x = grad_a_RI = grad_b_OR = None
+        with torch.autocast(grad_y.device.type, enabled=False):
+            if for_x or for_a:
+                grad_low_TR = grad_TO @ (b_OR * ctx.scaling).to(dtype)
+            if for_x:
+                grad_x_TI = grad_TO @ weight_OI.to(dtype)
+                grad_x = grad_x_TI.addmm_(grad_low_TR, a_RI.to(dtype)).view(ctx.shape).to(ctx.dtype)
+            if for_a:
+                grad_a_RI = (grad_low_TR.T @ x_TI).to(a_RI.dtype)
+            if for_b:
+                grad_b_OR = (grad_TO.T @ low_TR).to(b_OR.dtype).mul_(ctx.scaling)
+        return grad_x, None, None, grad_a_RI, grad_b_OR, None

@@ -1,0 +1,63 @@
+"""One operation: a reference in plain torch, and per device type a faster equal.
+
+The equal is chosen at each call by the device of the first tensor argument, so a model may move between
+devices. ``TRUETUNE_REFERENCE=1`` forces the reference everywhere: the first thing to try when a figure
+looks wrong. A device without an equal runs the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Op(Generic[P, R]):
+    """Decorate the reference with ``Op``, then each equal with ``@op.on("cuda")``."""
+
+    def __init__(self, reference: Callable[P, R]) -> None:
+        functools.update_wrapper(self, reference)
+        self.reference = reference
+        self.equals: dict[str, Callable[P, R]] = {}
+
+    def on(self, *devices: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Register the decorated function as the equal on these device types ("cpu", "cuda")."""
+
+        def register(equal: Callable[P, R]) -> Callable[P, R]:
+            self.equals.update(dict.fromkeys(devices, equal))
+            return equal
+
+        return register
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if os.environ.get("TRUETUNE_REFERENCE") == "1":
+            return self.reference(*args, **kwargs)
+        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        return self.equals.get(device, self.reference)(*args, **kwargs)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which ``F.linear`` would multiply these: autocast's where it is on, else their own.
+
+    Raises ValueError if autocast is off and they differ.
+    """
+    first = tensors[0]
+    device = first.device.type
+    if torch.is_autocast_enabled(device) and first.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if any(t.dtype != first.dtype for t in tensors):
+        found = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
+        raise ValueError(f"cannot multiply {found}; give them one dtype, or call under torch.autocast")
+    return first.dtype
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, maxima and exponentials: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,122 @@
+"""The trained model leaves as an ordinary folder, and is read back before anyone is told that it is there.
+
+The difference that is printed is the largest over the logits of real documents, between the live model and
+what a stranger would load, both computed in fp32 so that only what was stored can differ. Weights stored in
+bfloat16 are rounded once (relative 2^-9 each); the bound on their logits is stated in ``BOUND``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from truetune.errors import UserError
+from truetune.models.adapt import unfused
+from truetune.models.load import Loaded, quiet
+from truetune.models.wrap import CausalLM
+
+BOUND = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference of a logit allowed, relative to the largest logit, by the dtype that is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """kind: "adapter", "merged" or "model"; difference and bound: of logits, absolute."""
+
+    kind: str
+    path: str
+    difference: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.bound
+
+
+def export_adapter(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequence[Sequence[int]]) -> Export:
+    """Write the adapter in PEFT's layout, with the tokenizer; read it back over a freshly loaded base.
+
+    probe: documents as token ids. The adapter's config names its base by ``loaded.source``.
+    """
+    if not isinstance(model.model, PeftModel):
+        raise UserError("this run trained no adapter; export the model instead")
+    config = model.model.peft_config["default"]
+    config.base_model_name_or_path = loaded.source if "/" in loaded.source else str(loaded.folder)
+    config.inference_mode = True
+    with quiet():
+        model.model.save_pretrained(str(folder))
+    loaded.tokenizer.save_pretrained(folder)
+    got = _read_back(lambda: _with_adapter(loaded, folder), probe)
+    return _compare("adapter", folder, live_logits(model, probe), got, torch.float32)
+
+
+def export_merged(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequence[Sequence[int]]) -> Export:
+    """Write the whole model, adapters merged in fp32, in the dtype its base is stored in; read it back."""
+    truth = live_logits(model, probe)
+    dtype = stored_dtype(loaded)
+    whole = copy.deepcopy(model.model).float()
+    if isinstance(whole, PeftModel):
+        whole = whole.merge_and_unload()
+    whole = whole.to(dtype)
+    whole.config.dtype = dtype
+    whole.set_attn_implementation(model.route.published)
+    with quiet():
+        whole.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    del whole
+    got = _read_back(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), probe)
+    kind = "merged" if isinstance(model.model, PeftModel) else "model"
+    _same_tokenizer(loaded, folder)
+    return _compare(kind, folder, truth, got, dtype)
+
+
+def stored_dtype(loaded: Loaded) -> torch.dtype:
+    """The dtype of the base model's own files."""
+    dtype = loaded.config_dtype
+    return dtype if dtype in BOUND else torch.float32
+
+
+@torch.no_grad()
+def live_logits(model: CausalLM, probe: Sequence[Sequence[int]]) -> Tensor:
+    """Logits [sum of lengths, V] of the live model, in fp32, by Hugging Face's and PEFT's own code."""
+    with model.as_published() as hf, unfused(hf):
+        return _logits(copy.deepcopy(hf).float(), probe)
+
+
+@torch.no_grad()
+def _logits(hf: PreTrainedModel | PeftModel, probe: Sequence[Sequence[int]]) -> Tensor:
+    device = next(hf.parameters()).device
+    rows = [hf(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0] for ids in probe]
+    return torch.cat(rows).cpu()
+
+
+def _read_back(load: Callable[[], PreTrainedModel | PeftModel], probe: Sequence[Sequence[int]]) -> Tensor:
+    with quiet():
+        return _logits(load().float().eval(), probe)
+
+
+def _with_adapter(loaded: Loaded, folder: Path) -> PeftModel:
+    dtype = next(loaded.model.parameters()).dtype
+    base = AutoModelForCausalLM.from_pretrained(loaded.folder, dtype=dtype)
+    return PeftModel.from_pretrained(base, folder)
+
+
+def _compare(kind: str, folder: Path, truth: Tensor, got: Tensor, dtype: torch.dtype) -> Export:
+    difference = float((got - truth).abs().max())
+    return Export(kind, str(folder), difference, BOUND[dtype] * float(truth.abs().max()))
+
+
+def _same_tokenizer(loaded: Loaded, folder: Path) -> None:
+    """Raise UserError unless the written tokenizer renders and encodes as the live one does."""
+    again = AutoTokenizer.from_pretrained(folder)
+    text = "A line, <tag> and\n\tthree  spaces; 1234 é 漢."
+    same = again(text)["input_ids"] == loaded.tokenizer(text)["input_ids"]
+    if not same or again.chat_template != loaded.tokenizer.chat_template:
+        raise UserError(f"the tokenizer in {folder} does not read back as it was; please report it with its files")

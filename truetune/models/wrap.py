@@ -1,0 +1,100 @@
+"""One face for every causal language model: ``hidden(batch)`` and ``head``, never the logits.
+
+The model inside is the Hugging Face model itself, unchanged but for its attention, which packed routes
+replace through transformers' own attention registry, and for LoRA layers, which PEFT puts in place.
+Shape suffixes: T tokens of the batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from truetune.data.batch import Batch
+from truetune.models.route import Route
+from truetune.models.tail import Tail
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What lies between hidden state and logits: ``softcap * tanh(scale * (h W^T + b) / softcap)``.
+
+    weight [V, D]; bias [V] or None; softcap None where there is none. Measured by ``models.tail``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+class CausalLM(nn.Module):
+    """A causal language model as hidden states of a ragged batch.
+
+    model:  the Hugging Face model, or PEFT's wrapper of it.
+    tail:   its decoder, its output layer and what happens after it, as measured.
+    route:  how documents that share a batch are kept apart, as proven.
+    dtype:  what matrix products are computed in; bfloat16 means autocast, whatever the weights are.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tail: Tail, route: Route, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.tail = tail
+        self.route = route
+        self.dtype = dtype
+        self.train(model.training)
+        self.hf.set_attn_implementation(route.attention or route.published)
+
+    @property
+    def hf(self) -> PreTrainedModel:
+        """The Hugging Face model itself, its LoRA layers in place."""
+        return cast(PreTrainedModel, self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def head(self) -> Head:
+        layer = cast(nn.Linear, self.hf.get_submodule(self.tail.head))
+        return Head(layer.weight, layer.bias, self.tail.scale, self.tail.softcap)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states [T, D] that the head would read, each document isolated from its neighbours."""
+        return self.route.hidden(self.hf.get_submodule(self.tail.decoder), batch)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.hidden(batch)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context that model and loss are computed in."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    @contextlib.contextmanager
+    def as_published(self, attention: str | None = None) -> Iterator[PreTrainedModel]:
+        """The plain Hugging Face model, in evaluation mode and with its own attention, for a while.
+
+        attention: "eager" for the reference of the checks, None for what the model was loaded with.
+        """
+        training = self.training
+        self.hf.set_attn_implementation(attention or self.route.published)
+        self.eval()
+        try:
+            yield self.hf
+        finally:
+            self.train(training)
+            self.hf.set_attn_implementation(self.route.attention or self.route.published)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name; a tied weight once."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}

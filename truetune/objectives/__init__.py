@@ -1,0 +1,33 @@
+"""What is minimised: (model, batch) -> a sum and the denominator that belongs to it.
+
+An objective counts its denominator over a whole step *before* any backward, and returns sums; the trainer
+divides. So no split of a step into micro-batches can change the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from truetune.data.batch import Batch
+from truetune.models.wrap import CausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """total: differentiable sum of the loss over the batch (nats); losses [N] and correct [N]: the loss of
+    each target token and whether the greedy token is right, detached, in the order of the batch."""
+
+    total: Tensor
+    losses: Tensor
+    correct: Tensor
+
+
+class Objective(Protocol):
+    def count(self, batch: Batch) -> float:
+        """What the batch contributes to the denominator."""
+        ...
+
+    def __call__(self, model: CausalLM, batch: Batch) -> Terms: ...

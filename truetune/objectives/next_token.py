@@ -1,0 +1,29 @@
+"""Next-token cross-entropy over the target tokens: fine-tuning and pre-training alike.
+
+Only the hidden states of target positions meet the head, and never as a logits matrix
+(``kernels.linear_cross_entropy``).
+"""
+
+from __future__ import annotations
+
+from truetune.data.batch import IGNORE, Batch
+from truetune.kernels.linear_cross_entropy import linear_cross_entropy
+from truetune.models.wrap import CausalLM
+from truetune.objectives import Terms
+
+
+class NextToken:
+    """Sum of -log p(token | tokens before it in its document) over target tokens; one per target."""
+
+    def count(self, batch: Batch) -> float:
+        return float((batch.labels != IGNORE).sum())
+
+    def __call__(self, model: CausalLM, batch: Batch) -> Terms:
+        chosen = batch.labels != IGNORE
+        with model.autocast():
+            hidden_ND = model(batch)[chosen]
+            head = model.head
+            terms = linear_cross_entropy(
+                hidden_ND, head.weight, batch.labels[chosen], head.bias, head.scale, head.softcap
+            )
+        return Terms(terms.total, terms.losses, terms.correct)

@@ -1,0 +1,69 @@
+"""Parameter groups: which parameter learns at which peak rate, and which decays.
+
+LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the zero-initialised, output-side matrix B learns ``ratio``
+times faster than A. The grouping is PEFT's: B also takes every vector (bias, norm), and LoRA on an embedding
+learns at a fixed 1e-6.
+
+Trained parameters are fp32 whatever the model computes in (bf16 goes through autocast): in bf16 an update
+below about 1/512 of the weight would be rounded away, and training would stall in silence.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truetune.errors import UserError
+
+EMBEDDING_RATE = 1e-6
+"""Rate of LoRA on an embedding under LoRA+, whatever the peak; PEFT's default."""
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, Tensor]], rate: float, lora_plus_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer, of the parameters that require a gradient.
+
+    Each has ``params`` (sorted by name), ``name``, ``lr`` and ``peak`` (both the group's peak rate). Those
+    that must not decay (biases and tensors of one dimension or none, so norms) have ``weight_decay`` 0; the
+    others leave it to the optimizer. With a ratio of 1 there are at most two: "weights" and
+    "weights_no_decay". Neither groups nor their order depend on the order of ``named_parameters``.
+    Raises UserError if nothing requires a gradient, if a parameter that does is bf16 or fp16, or for a ratio
+    without any LoRA parameter.
+    """
+    trained = sorted(((n, p) for n, p in named_parameters if p.requires_grad), key=lambda pair: pair[0])
+    if not trained:
+        raise UserError("no parameter requires a gradient; add an adapter or unfreeze the model")
+    for name, parameter in trained:
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"{name} is trained in {parameter.dtype}, so small updates are "
+                "rounded away; keep trained parameters in fp32 and compute under torch.autocast"
+            )
+    if lora_plus_ratio != 1 and not any("lora_" in name for name, _ in trained):
+        raise UserError("adapter.lora_plus_ratio needs LoRA parameters; set it to 1 to train without them")
+    rates = {"weights": rate, "A": rate, "embedding": EMBEDDING_RATE, "B": rate * lora_plus_ratio}
+    members: defaultdict[tuple[str, bool], list[Tensor]] = defaultdict(list)
+    for name, parameter in trained:
+        role = "weights" if lora_plus_ratio == 1 else _role(name, parameter)
+        members[role, parameter.ndim > 1 and "bias" not in name].append(parameter)
+    groups = []
+    for role, decays in sorted(members, key=lambda key: (list(rates).index(key[0]), not key[1])):
+        group = {
+            "params": members[role, decays],
+            "name": role if decays else f"{role}_no_decay",
+            "lr": rates[role],
+            "peak": rates[role],
+        }
+        groups.append(group if decays else group | {"weight_decay": 0.0})
+    return groups
+
+
+def _role(name: str, parameter: Tensor) -> str:
+    if "lora_embedding_" in name:
+        return "embedding"
+    return "B" if "lora_B" in name or parameter.ndim == 1 else "A"

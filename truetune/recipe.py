@@ -1,0 +1,168 @@
+"""The run as data: what the user wants, and nothing else.
+
+A recipe is frozen, strict and versioned. It holds only what differs from the defaults; YAML, TOML and
+``key=value`` are spellings of it (``truetune.spelling``). Parts that are chosen by name (``optimizer``,
+``schedule``) take further options, which are checked against the signature of what the name stands for
+(``truetune.registry``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic_core import PydanticCustomError
+
+VERSION: Final = 1
+
+Scalar = None | bool | int | float | str
+Option = Scalar | Annotated[tuple[Scalar, ...], Strict(False)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Named(Part):
+    """A part chosen by name; every key that it does not declare is an option of what the name stands for."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Option] = Field(init=False)
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__)
+
+
+class Model(Part):
+    """Which model."""
+
+    path: str = Field(min_length=1, description="a Hugging Face folder, a hub id, or a GGUF file (converted once)")
+    revision: str | None = Field(None, description="commit, tag or branch on the hub")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: compute in bf16, trained weights in fp32; auto: bf16 where it is fast"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class Data(Part):
+    """Which rows are trained on."""
+
+    source: str = Field(min_length=1, description="python-docs, a .jsonl file, a datasets folder, or a hub id")
+    split: str = "train"
+    format: Literal["auto", "messages", "prompt-completion", "text"] = Field(
+        "auto", description="what a row is; auto: told by its columns"
+    )
+    rows: int | None = Field(None, gt=0, description="use only the first rows")
+    max_length: int = Field(1024, gt=1, description="tokens a row may have; longer rows are truncated")
+    cut_limit: float = Field(0.05, ge=0, le=1, description="share of target tokens that truncation may cut")
+
+
+class HeldOut(Part):
+    """What is held out. Without a source: the data's own held-out split, else a share of its rows."""
+
+    source: str | None = Field(None, description="as data.source; default: the data's own")
+    split: str | None = Field(None, description="split of the source that is held out")
+    fraction: float = Field(0.05, gt=0, lt=1, description="share of the rows, where nothing else is named")
+    rows: int = Field(200, gt=0, description="rows at most, drawn by the seed")
+    every: int | None = Field(None, gt=0, description="steps between evaluations; default: four in a run")
+    samples: int = Field(4, ge=0, description="held-out prompts that are answered")
+    sample_tokens: int = Field(96, gt=0, description="tokens an answer may have")
+
+
+class Adapter(Part):
+    """How the model is adapted: LoRA on a frozen base, or every weight (full)."""
+
+    method: Literal["lora", "full"] = "lora"
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = Field("all-linear", description="all-linear, a regex, or module names")
+    lora_plus_ratio: float = Field(1.0, gt=0, description="rate of B over rate of A; LoRA+ suggests 16")
+
+
+class Optimizer(Named):
+    """The rule that moves the weights; `truetune show optimizers` lists names and options."""
+
+    name: str = "adamw"
+    rate: float = Field(3e-4, ge=0, description="peak learning rate")
+
+
+class Schedule(Named):
+    """The rate over the run, as a share of the peak; `truetune show schedules` lists names and options."""
+
+    name: str = "linear"
+    warmup: float = Field(0.05, ge=0, description="below 1 a share of the run, else steps")
+
+
+class Train(Part):
+    """How long, in what portions. One of epochs, steps, tokens; the default is one epoch."""
+
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0)
+    tokens_per_step: int = Field(2048, gt=0, description="a step takes documents until it has this many")
+    tokens_per_micro_batch: int = Field(2048, gt=0, description="at most this many in memory at once")
+    clip: float | None = Field(1.0, gt=0, description="largest L2 norm of the gradient")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="orders the rows, draws what is held out, starts the adapter")
+
+
+class Checkpoint(Part):
+    """What is saved on the way."""
+
+    every: int | None = Field(None, gt=0, description="steps between checkpoints; default: four in a run")
+    keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
+    keep_best: bool = Field(True, description="end with the weights of the best evaluation")
+
+
+class Output(Part):
+    """What is written at the end, and where."""
+
+    folder: str | None = Field(None, description="run folder; default: runs/<name of the recipe>-<time>")
+    merged: bool = Field(True, description="also write the merged model")
+    tensorboard: bool = Field(False, description="also write scalars for TensorBoard")
+
+
+class Recipe(Part):
+    """One run. ``truetune.train(Recipe(model={"path": ...}, data={"source": ...}))`` runs it."""
+
+    version: Literal[1] = VERSION
+    model: Model
+    data: Data
+    evaluation: HeldOut = HeldOut()
+    adapter: Adapter = Adapter()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    output: Output = Output()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Recipe:
+        named = [k for k in ("epochs", "steps", "tokens") if getattr(self.train, k) is not None]
+        if len(named) > 1:
+            raise _conflict(
+                f"train.{named[0]} and train.{named[1]} both set the length of the run; "
+                f"keep one and drop the other with train.{named[1]}=none",
+                *(f"train.{k}" for k in named),
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Recipe:
+        if self.data.max_length > self.train.tokens_per_micro_batch:
+            raise _conflict(
+                f"data.max_length ({self.data.max_length}) is above train.tokens_per_micro_batch "
+                f"({self.train.tokens_per_micro_batch}), so a long row would not fit; raise the latter",
+                "data.max_length",
+                "train.tokens_per_micro_batch",
+            )
+        return self
+
+
+def _conflict(sentence: str, *keys: str) -> PydanticCustomError:
+    """Keys that do not go together; ``keys`` lets the spelling say where they are written."""
+    return PydanticCustomError("conflict", "{sentence}", {"sentence": sentence, "keys": keys})

@@ -1,0 +1,80 @@
+"""Held-out loss, perplexity and accuracy; only scalars are kept, whatever the size of the set."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from truetune.data.batch import Batch, Document
+from truetune.data.packing import best_fit_decreasing
+from truetune.models.generate import answer
+from truetune.models.load import Loaded
+from truetune.models.wrap import CausalLM
+from truetune.objectives import Objective
+from truetune.training.record import Evaluation, Sample, Samples
+
+PROMPT_OF_TEXT = 16
+"""Tokens of a plain text (a document without a prompt) that are given as its prompt."""
+
+
+class Evaluator:
+    """Loss per target token over ``documents``, packed into batches of at most ``capacity`` tokens."""
+
+    def __init__(self, documents: Sequence[Document], capacity: int, objective: Objective) -> None:
+        self.documents = documents
+        self.objective = objective
+        self.packs = best_fit_decreasing([len(d) for d in documents], capacity)
+
+    @torch.no_grad()
+    def __call__(self, model: CausalLM, step: int) -> Evaluation:
+        started = time.perf_counter()
+        training = model.training
+        model.eval()
+        total, count, right, tokens = 0.0, 0.0, 0, 0
+        for pack in self.packs:
+            batch = Batch.of([self.documents[i] for i in pack], model.device)
+            terms = self.objective(model, batch)
+            total += float(terms.losses.double().sum())
+            right += int(terms.correct.sum())
+            count += self.objective.count(batch)
+            tokens += len(batch.tokens)
+        model.train(training)
+        loss = total / count
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        seconds = time.perf_counter() - started
+        return Evaluation(step, loss, perplexity, right / count, tokens, int(count), seconds)
+
+
+class Sampler:
+    """Greedy answers to what precedes the first target of each document.
+
+    questions: what each document asks, for people to read; where it is empty, its first tokens are shown.
+    """
+
+    def __init__(
+        self, loaded: Loaded, documents: Sequence[Document], questions: Sequence[str], max_tokens: int
+    ) -> None:
+        self.tokenizer, self.stop_ids, self.max_tokens = loaded.tokenizer, loaded.stop_ids, max_tokens
+        self.documents, self.questions = documents, questions
+
+    def __call__(self, model: CausalLM, step: int) -> Samples:
+        pairs = zip(self.documents, self.questions, strict=True)
+        return Samples(step, tuple(self._sample(model, d, q) for d, q in pairs))
+
+    def _sample(self, model: CausalLM, document: Document, question: str) -> Sample:
+        first = int(document.targets.argmax())
+        first = first if first > 1 else min(PROMPT_OF_TEXT, len(document) // 2)
+        rest = document.targets[first:]
+        length = len(rest) if rest.all() else int((~rest).argmax())
+        prompt = [int(t) for t in document.tokens[:first]]
+        with model.as_published() as hf, model.autocast():
+            tokens, stopped = answer(hf, prompt, self.max_tokens, self.stop_ids)
+
+        def text(ids: Sequence[int]) -> str:
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+        reference = document.tokens[first : first + length].tolist()
+        return Sample(question or text(prompt), text(reference), text(tokens), stopped)

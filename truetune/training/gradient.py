@@ -1,0 +1,61 @@
+"""The gradient of one step, the same however the step is split.
+
+The denominator is counted over the whole step before the first backward; every micro-batch adds its share
+of one sum. Nothing is averaged twice, so a short last micro-batch weighs what its targets weigh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from truetune.data.batch import Batch
+from truetune.errors import UserError
+from truetune.models.wrap import CausalLM
+from truetune.objectives import Objective
+
+
+class NonFinite(UserError):
+    """Loss or gradient is NaN or infinite; no weight has been touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """loss: mean over the step's denominator; norm: L2 norm before clipping."""
+
+    loss: float
+    norm: float
+
+
+def accumulate(model: CausalLM, objective: Objective, batches: Sequence[Batch]) -> Tensor:
+    """Add the gradient of the mean loss over ``batches`` to the parameters; returns that loss, detached."""
+    denominator = sum(objective.count(batch) for batch in batches)
+    if not denominator:
+        raise UserError("a step has no target tokens; check data.format and the targets that the report shows")
+    losses = []
+    for batch in batches:
+        share = objective(model, batch).total / denominator
+        share.backward()
+        losses.append(share.detach().double())
+    return torch.stack(losses).sum()
+
+
+def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm over all gradients, in the gradients' dtype (fp32 by contract)."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float | None, norm: Tensor) -> None:
+    """Scale all gradients down so that their norm, which is ``norm``, is at most ``limit``."""
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(list(parameters), limit, norm)
+
+
+def require_finite(loss: float, norm: float, step: int) -> None:
+    """Raise NonFinite unless both figures are numbers."""
+    for name, value in (("loss", loss), ("gradient norm", norm)):
+        if not abs(value) < float("inf"):
+            raise NonFinite(f"the {name} of step {step} is {value}; no weight was changed")

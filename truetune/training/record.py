@@ -1,0 +1,127 @@
+"""What a run says about itself: one small dataclass per kind of event, the same for every reader.
+
+The trainer yields records; the console, the JSONL file, TensorBoard, the report and the checks all read
+these and nothing else. ``as_json`` is the spelling in ``metrics.jsonl``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One check: its name, whether it held, its figure with the bound, and what to do if it did not."""
+
+    name: str
+    passed: bool
+    figure: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A greedy answer to a held-out prompt. ``stopped`` says that the model ended it by itself."""
+
+    prompt: str
+    reference: str
+    answer: str
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """The preflight's verdicts, before the first step, and the targets of one document decoded."""
+
+    kind: ClassVar[str] = "checks"
+    step: int
+    verdicts: tuple[Verdict, ...]
+    shown: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step.
+
+    loss is the mean over the step's target tokens, before the update (nats); gradient_norm the L2 norm
+    before clipping; rate the highest learning rate of any group, as the optimizer used it, and planned what
+    the schedule says it should be; seconds the wall time of the step;
+    memory the resident bytes of the process; tokens_per_second counts real tokens (nothing is padding)
+    and is None once a check has failed.
+    """
+
+    kind: ClassVar[str] = "step"
+    step: int
+    loss: float
+    rate: float
+    planned: float
+    gradient_norm: float
+    tokens: int
+    targets: int
+    documents: int
+    micro_batches: int
+    seconds: float
+    memory: int
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Held-out loss per target token (nats), perplexity, and accuracy of the greedy next token."""
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    loss: float
+    perplexity: float
+    accuracy: float
+    tokens: int
+    targets: int
+    seconds: float
+    best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    kind: ClassVar[str] = "samples"
+    step: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint was completed; ``reason`` is "schedule", "best", "end" or "interrupted"."""
+
+    kind: ClassVar[str] = "saved"
+    step: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something is wrong with the run. ``voids`` says that its throughput can no longer be quoted."""
+
+    kind: ClassVar[str] = "alarm"
+    step: int
+    name: str
+    message: str
+    voids: bool
+
+
+Record = Checks | Step | Evaluation | Samples | Saved | Alarm
+KINDS: dict[str, type] = {c.kind: c for c in (Checks, Step, Evaluation, Samples, Saved, Alarm)}
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    """The record as a JSON object; ``kind`` names its class. JSON has no NaN and no infinity: they become null."""
+    return {"kind": record.kind, **_finite(asdict(record))}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,237 @@
+"""The training loop: a generator of records, and nothing that calls back.
+
+Whoever wants to know iterates: ``for record in watch(trainer.steps())``. A step is a pure function of its
+number (``data.stream``), the weights, the optimizer's state and torch's random state, so that a checkpoint
+of these four continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from truetune.data.batch import Batch, Document
+from truetune.data.stream import Stream
+from truetune.errors import UserError
+from truetune.models.wrap import CausalLM
+from truetune.objectives import Objective
+from truetune.optim import set_rate
+from truetune.schedules import Schedule
+from truetune.training.checkpoint import Checkpoints
+from truetune.training.evaluate import Evaluator, Sampler
+from truetune.training.gradient import NonFinite, accumulate, clip, norm_of, require_finite
+from truetune.training.integrity import fingerprints, integrity
+from truetune.training.record import Checks, Evaluation, Record, Saved, Step
+
+
+class CheckFailed(UserError):
+    """A check failed; the records up to it have been yielded."""
+
+
+@dataclass
+class Trainer:
+    """One run. All parts are plain; ``truetune.assemble`` builds them from a recipe.
+
+    schedule: step (from 0) -> factor on the peak rates of the optimizer's groups.
+    stream:   which documents make up which step.
+    preflight: checks made before the first step, or None.
+    evaluate_every, save_every: steps; the last step is always evaluated and saved.
+    keep_best: end with the weights of the best evaluation.
+    step:     steps completed. stop: set it to end at the next step boundary.
+    """
+
+    model: CausalLM
+    objective: Objective
+    optimizer: Optimizer
+    schedule: Schedule
+    documents: Sequence[Document]
+    stream: Stream
+    clip: float | None = 1.0
+    preflight: Callable[[Trainer], Checks] | None = None
+    evaluator: Evaluator | None = None
+    sampler: Sampler | None = None
+    evaluate_every: int | None = None
+    checkpoints: Checkpoints | None = None
+    save_every: int | None = None
+    keep_best: bool = False
+    failures: Path | None = None
+    step: int = 0
+    stop: bool = False
+    best: Evaluation | None = None
+    _process: psutil.Process = field(default_factory=psutil.Process, repr=False)
+
+    def steps(self) -> Iterator[Record]:
+        """Run from ``step`` to the end of the stream, yielding what happens.
+
+        Raises CheckFailed when a check fails, NonFinite before a weight could take a NaN.
+        """
+        if self.preflight:
+            yield from self._require(self.preflight(self))
+        start = fingerprints(self.model.model)
+        first = self.step
+        if self.step == 0:
+            yield from self._look()
+        while self.step < len(self.stream) and not self.stop:
+            yield self._step()
+            yield from self._boundary()
+        if self.stop and self.step < len(self.stream):
+            yield from self._save("interrupted")
+            return
+        if self.step > first:
+            yield from self._require(Checks(self.step, tuple(integrity(self.model.model, start))))
+        if self.keep_best and self.best and self.best.step != self.step and self.checkpoints:
+            self._load_weights(self.checkpoints.load(self.best.step)[0]["weights"])
+        if self.sampler:
+            yield self.sampler(self.model, self.step)
+
+    def _require(self, checks: Checks) -> Iterator[Record]:
+        yield checks
+        for verdict in checks.verdicts:
+            if not verdict.passed:
+                raise CheckFailed(f"check failed: {verdict.name}: {verdict.figure}; {verdict.advice}")
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of ``step``, in order."""
+        device = self.model.device
+        return [Batch.of([self.documents[i] for i in p], device) for p in self.stream.micro_batches(step)]
+
+    def _step(self) -> Step:
+        started = time.perf_counter()
+        random_state = torch.get_rng_state()
+        batches = self.batches(self.step)
+        parameters = list(self.model.trainable().values())
+        self.model.train()
+        loss = float(accumulate(self.model, self.objective, batches))
+        norm = norm_of(parameters)
+        try:
+            require_finite(loss, float(norm), self.step + 1)
+        except NonFinite as error:
+            raise NonFinite(f"{error}; {self._bundle(batches, loss, float(norm), random_state)}") from None
+        clip(parameters, self.clip, norm)
+        factor = self.schedule(self.step)
+        set_rate(self.optimizer, factor)
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        tokens = sum(len(b.tokens) for b in batches)
+        return Step(
+            step=self.step,
+            loss=loss,
+            rate=max(g["lr"] for g in self.optimizer.param_groups),
+            planned=factor * max(g["peak"] for g in self.optimizer.param_groups),
+            gradient_norm=float(norm),
+            tokens=tokens,
+            targets=int(sum(self.objective.count(b) for b in batches)),
+            documents=sum(len(b.lengths) for b in batches),
+            micro_batches=len(batches),
+            seconds=seconds,
+            memory=self._process.memory_info().rss,
+            tokens_per_second=tokens / seconds,
+        )
+
+    def _look(self) -> Iterator[Record]:
+        """Evaluation and samples of the model as it stands."""
+        if self.evaluator:
+            evaluation = self.evaluator(self.model, self.step)
+            if self.step and (self.best is None or evaluation.loss < self.best.loss):
+                evaluation = self.best = _marked_best(evaluation)
+            yield evaluation
+        if self.sampler and self.step < len(self.stream):
+            yield self.sampler(self.model, self.step)
+
+    def _boundary(self) -> Iterator[Record]:
+        last = self.step == len(self.stream)
+        due = last or bool(self.evaluate_every and self.step % self.evaluate_every == 0)
+        if due:
+            yield from self._look()
+        if last:
+            yield from self._save("end")
+        elif self.save_every and self.step % self.save_every == 0:
+            yield from self._save("schedule")
+        elif due and self.keep_best and self.best and self.best.step == self.step:
+            yield from self._save("best")
+
+    def _save(self, reason: str) -> Iterator[Record]:
+        if self.checkpoints:
+            tensors, state = self.state()
+            spare = self.best.step if self.best and self.keep_best else None
+            yield Saved(self.step, str(self.checkpoints.save(self.step, tensors, state, spare)), reason)
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Everything that the rest of the run depends on: tensors by file, and plain values."""
+        names = {p: n for n, p in self.model.trainable().items()}
+        state = self.optimizer.state
+        moments = {f"{name}/{key}": t for p, name in names.items() for key, t in state[p].items()}
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        best = None if self.best is None else {"step": self.best.step, "loss": self.best.loss}
+        tensors = {"weights": dict(self.model.trainable()), "optimizer": moments, "random": random}
+        return tensors, {"step": self.step, "best": best}
+
+    def resume(self, step: int) -> None:
+        """Take up the checkpoint of ``step``. Raises UserError when it does not fit this run."""
+        if not self.checkpoints:
+            raise UserError("this trainer keeps no checkpoints; give it some to resume from")
+        tensors, state = self.checkpoints.load(step)
+        self._load_weights(tensors["weights"])
+        parameters = self.model.trainable()
+        self.optimizer.state.clear()
+        for key, tensor in tensors["optimizer"].items():
+            name, _, part = key.rpartition("/")
+            self.optimizer.state[parameters[name]][part] = tensor
+        torch.set_rng_state(tensors["random"]["cpu"])
+        if torch.cuda.is_available() and "cuda" in tensors["random"]:
+            torch.cuda.set_rng_state(tensors["random"]["cuda"])
+        self.step = state["step"]
+        if state["best"]:
+            best = state["best"]
+            self.best = Evaluation(best["step"], best["loss"], 0.0, 0.0, 0, 0, 0.0, best=True)
+
+    @torch.no_grad()
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        parameters = self.model.trainable()
+        for name in sorted(parameters.keys() ^ weights.keys()):
+            raise UserError(f"the checkpoint and the recipe train different tensors ({name}); resume with its recipe")
+        for name, p in parameters.items():
+            if p.shape != weights[name].shape:
+                raise UserError(f"{name} has another shape in the checkpoint; resume with its recipe")
+            p.copy_(weights[name])
+
+    def _bundle(self, batches: list[Batch], loss: float, norm: float, random_state: Tensor) -> str:
+        """Leave what is needed to see the failure again; the sentence that says where."""
+        if not self.failures:
+            return "lower the rate, or look at the documents of the step"
+        folder = self.failures / f"failure-step-{self.step + 1}"
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"random": random_state}
+        for i, b in enumerate(batches):
+            tensors |= {
+                f"{i}/tokens": b.tokens,
+                f"{i}/labels": b.labels,
+                f"{i}/lengths": torch.tensor(b.lengths),
+            }
+        save_file(tensors, folder / "batch.safetensors")
+        rows = [self.documents[i].row for i in self.stream.step(self.step)]
+        facts = {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}
+        (folder / "step.json").write_text(json.dumps(facts, indent=1))
+        if self.checkpoints:
+            weights, state = self.state()
+            self.model.zero_grad(set_to_none=True)
+            Checkpoints(folder, keep=1).save(self.step, weights, state)
+        return f"batch, random state and weights are in {folder}; lower the rate, or look at these rows"
+
+
+def _marked_best(e: Evaluation) -> Evaluation:
+    return Evaluation(e.step, e.loss, e.perplexity, e.accuracy, e.tokens, e.targets, e.seconds, best=True)
