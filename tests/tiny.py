@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from truetune.data.batch import Document
 from truetune.data.stream import Stream
 from truetune.models.adapt import add_lora
+from truetune.models.precision import keep_sums_in_fp32
 from truetune.models.route import choose_route
 from truetune.models.tail import measure_tail
 from truetune.models.wrap import CausalLM
@@ -86,7 +87,10 @@ def wrap(model: PreTrainedModel, lora: bool = False, dtype: torch.dtype = torch.
         return CausalLM(model, tail, route, dtype)
     torch.manual_seed(1)
     chosen = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear"} | options
-    return CausalLM(add_lora(model, tail.head, **chosen), tail, route, dtype)
+    adapted = add_lora(model, tail.head, **chosen)
+    if dtype != torch.float32:
+        keep_sums_in_fp32(model)
+    return CausalLM(adapted, tail, route, dtype)
 
 
 def tiny_trainer(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
 TOLERANCE = 1e-3
+warnings.simplefilter("ignore", FutureWarning)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -61,13 +63,12 @@ def document(tokenizer: Any, row: dict, stops: set[int]) -> Spans:
 
 
 @torch.no_grad()
-def measure(model: Any, documents: list[Spans], dtype: torch.dtype) -> float:
-    """Mean cross-entropy over all targets, one document at a time."""
+def measure(model: Any, documents: list[Spans]) -> float:
+    """Mean cross-entropy over all targets, one document at a time, in fp32."""
     total, count = 0.0, 0
     for ids, targets in documents:
         tokens = torch.tensor([ids])
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
         chosen = torch.tensor(targets[1:])
         losses = torch.nn.functional.cross_entropy(logits[chosen], tokens[0, 1:][chosen], reduction="sum")
         total, count = total + float(losses), count + int(chosen.sum())
@@ -82,7 +83,8 @@ def main(run: Path) -> int:
     base = facts["model"]["path"]
     dtype = getattr(torch, facts["model"]["precision"])
     adapted = (run / "adapter").is_dir()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype if adapted else torch.float32).eval()
+    # A frozen base is trained as rounded to its precision; its losses are recomputed in fp32 all the same.
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype if adapted else torch.float32).float().eval()
     tokenizer = AutoTokenizer.from_pretrained(run / ("adapter" if adapted else "model"))
     ends = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -98,8 +100,8 @@ def main(run: Path) -> int:
         ("held-out targets", before["targets"], sum(sum(t) for _, t in held_out), 0.0),
         ("first step's tokens", first["tokens"], sum(len(i) for i, _ in sets["first_step"]), 0.0),
         ("first step's targets", first["targets"], sum(sum(t) for _, t in sets["first_step"]), 0.0),
-        ("first step's loss", first["loss"], measure(model, sets["first_step"], dtype), TOLERANCE),
-        ("held-out loss before", before["loss"], measure(model, held_out, dtype), TOLERANCE),
+        ("first step's loss", first["loss"], measure(model, sets["first_step"]), TOLERANCE),
+        ("held-out loss before", before["loss"], measure(model, held_out), TOLERANCE),
     ]
     probe = torch.tensor([held_out[0][0]])
     plain = model(input_ids=probe).logits.detach()
@@ -107,7 +109,7 @@ def main(run: Path) -> int:
         model = PeftModel.from_pretrained(model, run / "adapter").eval()
     else:
         model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
-    lines.append(("held-out loss after", after["loss"], measure(model, held_out, dtype), TOLERANCE))
+    lines.append(("held-out loss after", after["loss"], measure(model, held_out), TOLERANCE))
     effect = float((model(input_ids=probe).logits.detach() - plain).abs().max())
     good = effect > 0
     print(f"{run}: recomputed without Truetune\n{'':24}{'the run said':>14}{'recomputed':>14}")

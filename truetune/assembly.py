@@ -19,6 +19,7 @@ from truetune.data.sources import Rows
 from truetune.data.stream import Stream
 from truetune.models.adapt import add_lora
 from truetune.models.load import Loaded, load
+from truetune.models.precision import keep_sums_in_fp32
 from truetune.models.route import choose_route
 from truetune.models.tail import measure_tail
 from truetune.models.wrap import CausalLM
@@ -145,6 +146,8 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
         dropout=adapter.dropout,
         targets=adapter.targets,
     )
+    if dtype != torch.float32:
+        keep_sums_in_fp32(hf)
     return loaded, CausalLM(model, tail, route, dtype)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -91,8 +92,9 @@ def new_folder(recipe: Recipe) -> Path:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} already holds something; name another output.folder, or use --resume")
         return folder
-    name = Path(recipe.model.path).stem.lower()
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{Path(recipe.model.path).stem.lower()}-{datetime.now():%Y%m%d-%H%M%S}"
+    numbered = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in count(1))
+    return next(folder for folder in numbered if not folder.exists())
 
 
 def _require_space(job: Job, folder: Path) -> None:

@@ -48,7 +48,8 @@ def export_adapter(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequenc
     if not isinstance(model.model, PeftModel):
         raise UserError("this run trained no adapter; export the model instead")
     config = model.model.peft_config["default"]
-    config.base_model_name_or_path = loaded.source if "/" in loaded.source else str(loaded.folder)
+    local = Path(loaded.source).expanduser().exists()
+    config.base_model_name_or_path = str(loaded.folder.resolve()) if local else loaded.source
     config.inference_mode = True
     with quiet():
         model.model.save_pretrained(str(folder))
