@@ -4,3 +4,38 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("truetune", deadline=None)  # how long an example takes is no property of the code
+settings.load_profile("truetune")
+
+
+@pytest.fixture(scope="session")
+def my_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a byte-level tokenizer, as a Hugging Face folder."""
+    from folders import write_model
+
+    return write_model(tmp_path_factory.mktemp("shared") / "my-model")
+
+
+@pytest.fixture(scope="session")
+def my_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of conversations."""
+    from folders import chats, write_rows
+
+    return write_rows(tmp_path_factory.mktemp("shared") / "my-data.jsonl", chats())
+
+
+@pytest.fixture(scope="session")
+def straight(my_model: Path, my_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A whole run by the command line that nothing disturbed, and what it printed. To be read only."""
+    from folders import invoke, keys
+
+    folder = tmp_path_factory.mktemp("shared") / "straight"
+    result = invoke("train", *keys(my_model, my_data, folder))
+    assert result.exit_code == 0, result.output
+    return folder, result.stdout

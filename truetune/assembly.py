@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.optim import Optimizer
 
 from truetune import registry
 from truetune.checks.preflight import Preflight
@@ -17,8 +20,9 @@ from truetune.data.chat import Renderer
 from truetune.data.dataset import DataReport
 from truetune.data.sources import Rows
 from truetune.data.stream import Stream
+from truetune.errors import UserError
 from truetune.models.adapt import add_lora
-from truetune.models.load import Loaded, load
+from truetune.models.load import Loaded, load, require_causal
 from truetune.models.precision import keep_sums_in_fp32
 from truetune.models.route import choose_route
 from truetune.models.tail import measure_tail
@@ -42,7 +46,8 @@ class Part:
 
     def used(self, documents: list[Document]) -> list[dict[str, Any]]:
         """The rows that ``documents`` were made of, in their order."""
-        return [self.rows.rows[d.row] for d in documents]
+        rows = dict(zip(self.rows.numbers, self.rows.rows, strict=True))
+        return [rows[d.row] for d in documents]
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Job:
 def assemble(recipe: Recipe, folder: Path | None = None) -> Job:
     """Everything that the recipe asks for, ready for ``job.trainer.steps()``.
 
-    folder: where checkpoints and failures go; without it the run keeps neither.
+    folder: where checkpoints and failures go; without it the run keeps neither, and ends with its last weights.
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
     train_rows, held_out_rows = choose_rows(recipe)
@@ -69,6 +74,8 @@ def assemble(recipe: Recipe, folder: Path | None = None) -> Job:
     evaluation = tokenized(recipe, held_out_rows, renderer)
     if train.report.template:  # the default, where the tokenizer has none: it must leave with the model
         loaded.tokenizer.chat_template = renderer.template
+    for part in (train, evaluation):
+        require_known(model, part)
     stream = build_stream(recipe, train.documents)
     steps = len(stream)
     shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options)
@@ -80,7 +87,7 @@ def assemble(recipe: Recipe, folder: Path | None = None) -> Job:
     trainer = Trainer(
         model=model,
         objective=objective,
-        optimizer=optimizer(groups, recipe.optimizer.rate),
+        optimizer=_built(optimizer, groups, recipe),
         schedule=with_warmup(shape, steps, recipe.schedule.warmup),
         documents=train.documents,
         stream=stream,
@@ -91,11 +98,18 @@ def assemble(recipe: Recipe, folder: Path | None = None) -> Job:
         evaluate_every=held_out.every or -(-steps // 4),
         checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint.keep) if folder else None,
         save_every=recipe.checkpoint.every or -(-steps // 4),
-        keep_best=recipe.checkpoint.keep_best,
+        keep_best=recipe.checkpoint.keep_best and folder is not None,
         failures=folder,
     )
     torch.manual_seed(recipe.train.seed)
     return Job(recipe, trainer, loaded, train, evaluation)
+
+
+def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
+    try:
+        return optimizer(groups, recipe.optimizer.rate)
+    except (ValueError, TypeError) as error:
+        raise UserError(f'optimizer "{recipe.optimizer.name}": {error}; correct the options under optimizer') from error
 
 
 def choose_rows(recipe: Recipe) -> tuple[Rows, Rows]:
@@ -104,13 +118,17 @@ def choose_rows(recipe: Recipe) -> tuple[Rows, Rows]:
     train = sources.load(recipe.data.source, recipe.data.split)
     if held_out.source:
         evaluation = sources.load(held_out.source, held_out.split or "train")
+        if not held_out.split and evaluation.held_out_split:
+            evaluation = sources.load(held_out.source, evaluation.held_out_split)
     elif split := held_out.split or train.held_out_split:
         evaluation = sources.load(recipe.data.source, split)
     else:
         train, evaluation = dataset.hold_out(train, held_out.fraction, seed)
+    evaluation = dataset.draw(evaluation, held_out.rows, seed)
+    train = dataset.less(train, evaluation)
     if recipe.data.rows:
         train = dataset.first(train, recipe.data.rows)
-    return train, dataset.draw(evaluation, held_out.rows, seed)
+    return train, evaluation
 
 
 def tokenized(recipe: Recipe, rows: Rows, renderer: Renderer) -> Part:
@@ -133,6 +151,7 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     )
     hf = loaded.model
     hf.to(device)  # type: ignore[arg-type]  # transformers wraps the method in a way that loses its signature
+    require_causal(hf)
     tail = measure_tail(hf)
     route = choose_route(hf, tail.decoder)
     torch.manual_seed(recipe.train.seed)
@@ -149,6 +168,23 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     if dtype != torch.float32:
         keep_sums_in_fp32(hf)
     return loaded, CausalLM(model, tail, route, dtype)
+
+
+def require_known(model: CausalLM, part: Part) -> None:
+    """Raise UserError for a token or a position of the documents that the model has no place for."""
+    vocabulary = model.head.weight.shape[0]
+    positions = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for document in part.documents:
+        where, largest = f"{part.report.source}: row {document.row} (the first is 0)", int(document.tokens.max())
+        if largest >= vocabulary:
+            raise UserError(
+                f"{where} has token {largest}, but the model has {vocabulary}; use the tokenizer of this model"
+            )
+        if len(document) > positions:
+            raise UserError(
+                f"{where} has {len(document)} tokens, but the model has {positions} positions; "
+                f"set data.max_length to {positions}"
+            )
 
 
 def build_sampler(recipe: Recipe, loaded: Loaded, evaluation: Part) -> Sampler:
@@ -172,8 +208,11 @@ def build_stream(recipe: Recipe, documents: list[Document]) -> Stream:
 
 
 def pick_device(wanted: str) -> torch.device:
+    able = torch.cuda.is_available()
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if able else "cpu")
+    if wanted == "cuda" and not able:
+        raise UserError("device is cuda, but this torch sees no CUDA device; set device=auto, or see truetune doctor")
     return torch.device(wanted)
 
 

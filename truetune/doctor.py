@@ -32,7 +32,6 @@ PACKAGES = {
     "typer": ("0.20", "0.29"),
     "jinja2": ("3.1", "3"),
     "numpy": ("2", "2"),
-    "matplotlib": ("3.9", "3"),
     "psutil": ("6", "7"),
 }
 """Required package -> (least version, newest tested one, as exactly as it matters)."""

@@ -87,7 +87,7 @@ class Optimizer(Named):
     """The rule that moves the weights; `truetune show optimizers` lists names and options."""
 
     name: str = "adamw"
-    rate: float = Field(3e-4, ge=0, description="peak learning rate")
+    rate: float = Field(3e-4, gt=0, description="peak learning rate")
 
 
 class Schedule(Named):

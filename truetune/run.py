@@ -7,17 +7,22 @@ the first step), checkpoints/, adapter/ or model/, merged/, report.html and READ
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from transformers import AutoTokenizer
 
 from truetune import report as pages
 from truetune import spelling
@@ -26,10 +31,11 @@ from truetune.errors import UserError
 from truetune.facts import Facts, now
 from truetune.models.export import Export, export_adapter, export_merged
 from truetune.models.generate import answer
-from truetune.models.load import load
+from truetune.models.load import load, quiet
 from truetune.recipe import Recipe
 from truetune.training.checkpoint import atomic_folder
-from truetune.training.record import Alarm, Checks, Evaluation, Record, Saved, Step, as_json
+from truetune.training.gradient import NonFinite
+from truetune.training.record import Alarm, Checks, Record, Samples, Step
 from truetune.training.sinks import Console, JsonLines, Sink, TensorBoard
 from truetune.training.trainer import Trainer
 from truetune.training.watch import watch
@@ -48,53 +54,109 @@ def train(recipe: Recipe, *, resume: Path | None = None, dry_run: bool = False, 
     resume: a run folder whose newest intact checkpoint is taken up, with ``recipe`` being its own.
     dry_run: stop after the checks. Raises UserError for what the user can mend, Interrupted after a signal.
     """
-    folder = resume or new_folder(recipe)
+    if resume and dry_run:
+        raise UserError(f"a resumed run is checked in any case; leave out --dry-run to go on with {resume}")
+    folder = Path(resume) if resume else new_folder(recipe)
+    facts = _facts_of(folder) if resume else None
     job = assemble(recipe, folder)
     _require_space(job, folder)
-    folder.mkdir(parents=True, exist_ok=True)
     trainer = job.trainer
-    if resume:
-        facts = _resume(job, folder)
+    if trainer.model.route.reason and not quiet:
+        print(f"slow       documents run one at a time; packed they would not be apart ({trainer.model.route.reason})")
+    if facts:
+        _resume(job, facts)
     else:
-        spelling.write(recipe, folder / "recipe.yaml")
+        _create(folder)
+        spelling.write(anchored(recipe), folder / "recipe.yaml")
         facts = Facts.start(folder, job, f"truetune {' '.join(sys.argv[1:])}")
         _write_rows(job, folder)
-    sinks = _sinks(recipe, folder, trainer, quiet)
+    try:
+        _run(job, folder, facts, dry_run, quiet)
+    except Interrupted:
+        raise
+    except OSError as error:
+        _fail(folder, facts)
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror or error}; what was saved is intact, so mend the cause, "
+            f"then: {_resume_command(folder)}"
+        ) from error
+    except BaseException:
+        _fail(folder, facts)
+        raise
+    return folder
+
+
+def _run(job: Job, folder: Path, facts: Facts, dry_run: bool, quiet: bool) -> None:
+    trainer = job.trainer
+    sinks = _sinks(job.recipe, folder, trainer, quiet)
     try:
         if dry_run:
-            _feed(_checks_only(trainer), sinks, facts)
+            _feed(trainer.check(), sinks, facts)
             facts.write(status="dry run", finished=now())
-            return folder
+            plan = f"{len(trainer.stream):,} steps over {trainer.stream.tokens:,} tokens"
+            print(f"dry run    nothing was trained; the plan is {plan}\nreport     {pages.write(folder)}")
+            return
         with _stopping_at_signals(trainer):
-            _feed(watch(trainer.steps()), sinks, facts)
-    except UserError:
-        facts.write(status="failed", finished=now())
-        pages.write(folder)
-        raise
-    except BaseException:
-        facts.write(status="failed", finished=now())
-        raise
+            _feed(watch(trainer.steps(), void=bool(facts.values["void"])), sinks, facts)
     finally:
         for sink in sinks:
             sink.close()
     if trainer.step < len(trainer.stream):
         facts.write(status="interrupted")
         pages.write(folder)
-        raise Interrupted(f"stopped after step {trainer.step}; go on with: truetune train --resume {folder}")
+        raise Interrupted(f"stopped after step {trainer.step}; go on with: {_resume_command(folder)}")
     _finish(job, folder, facts)
-    return folder
+
+
+def _fail(folder: Path, facts: Facts) -> None:
+    """Say in the folder that the run failed, as far as the disk allows."""
+    with suppress(OSError):
+        facts.write(status="failed", finished=now())
+        pages.write(folder)
+
+
+def _resume_command(folder: Path) -> str:
+    return f"truetune train --resume {shlex.quote(str(folder))}"
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute, so that the run can be continued from any folder."""
+
+    def absolute(name: str | None) -> str | None:
+        return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
+
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"path": absolute(recipe.model.path)}),
+            "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
+            "evaluation": recipe.evaluation.model_copy(update={"source": absolute(recipe.evaluation.source)}),
+        }
+    )
 
 
 def new_folder(recipe: Recipe) -> Path:
-    """The run's folder: as named, which must be free, or a new one under runs/."""
+    """The run's folder: as named, which must be free or hold nothing that was trained, or a new one under runs/."""
     if recipe.output.folder:
-        folder = Path(recipe.output.folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        folder = Path(recipe.output.folder).expanduser()
+        status = _facts_of(folder).values["status"] if (folder / "run.json").is_file() else None
+        unused = status in ("dry run", "failed") and not any(folder.glob("checkpoints/step-*"))
+        if not unused and not _is_free(folder):
             raise UserError(f"{folder} already holds something; name another output.folder, or use --resume")
         return folder
     name = f"{Path(recipe.model.path).stem.lower()}-{datetime.now():%Y%m%d-%H%M%S}"
     numbered = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in count(1))
     return next(folder for folder in numbered if not folder.exists())
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _create(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't create {folder} ({error.strerror}); name another output.folder") from error
 
 
 def _require_space(job: Job, folder: Path) -> None:
@@ -112,34 +174,39 @@ def _require_space(job: Job, folder: Path) -> None:
         )
 
 
-def _resume(job: Job, folder: Path) -> Facts:
+def _resume(job: Job, facts: Facts) -> None:
     trainer = job.trainer
     assert trainer.checkpoints
-    facts = Facts.read(folder)
-    then, here = facts.values["model"]["sha256"], job.loaded.digest
-    if then != here:
-        raise UserError(f"the base model has changed since the run began ({then[:12]} became {here[:12]}); restore it")
+    _require_same_base(job, facts)
     for side, part in (("train", job.train), ("evaluation", job.evaluation)):
-        if facts.values["data"][side]["digest"] != part.report.digest:
+        then, here = facts.values["data"][side], asdict(part.report)
+        if then["digest"] != here["digest"]:
             raise UserError(f"the {side} data has changed since the run began; restore it, or start a new run")
+        if any(then[key] != here[key] for key in ("template", "tokens", "targets")):
+            raise UserError(f"the {side} data has other tokens than when the run began; restore the tokenizer")
     step, refused = trainer.checkpoints.newest()
     for reason in refused:
         print(f"passed over: {reason}", file=sys.stderr)
     trainer.resume(step)
     facts.write(status="running", finished=None)
-    return facts
+
+
+def _require_same_base(job: Job, facts: Facts) -> None:
+    then, here = facts.values["model"]["sha256"], job.loaded.digest
+    if then != here:
+        raise UserError(f"the base model has changed since the run began ({then[:12]} became {here[:12]}); restore it")
 
 
 def _write_rows(job: Job, folder: Path) -> None:
     """The rows that the figures rest on, for anyone who wants to recompute them."""
     first = [job.trainer.documents[i] for i in job.trainer.stream.step(0)]
     target = folder / "data"
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for name, rows in (
         ("evaluation", job.evaluation.used(job.evaluation.documents)),
         ("first_step", job.train.used(first)),
     ):
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        lines = [json.dumps(row, default=str) for row in rows]
         (target / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -151,50 +218,51 @@ def _sinks(recipe: Recipe, folder: Path, trainer: Trainer, quiet: bool) -> list[
     return sinks
 
 
-def _checks_only(trainer: Trainer) -> Iterator[Record]:
-    assert trainer.preflight
-    yield trainer.preflight(trainer)
-
-
 def _feed(records: Iterable[Record], sinks: Sequence[Sink], facts: Facts) -> None:
     """Hand every record to every sink, and keep in the facts what outlives the run."""
-    result = facts.values["result"]
-    totals = {k: result.get(k) or 0 for k in ("steps", "tokens", "targets", "seconds", "peak_memory")}
-    for record in records:
-        for sink in sinks:
-            sink.write(record)
-        match record:
-            case Checks():
-                known = {v["name"]: v for v in facts.values["verdicts"]}
-                known |= {v.name: asdict(v) for v in record.verdicts}
-                failed = [v.name for v in record.verdicts if not v.passed]
-                facts.write(
-                    verdicts=list(known.values()),
-                    void=facts.values["void"] or (failed[0] if failed else None),
-                )
-            case Alarm() if record.voids:
-                facts.write(void=facts.values["void"] or record.name)
-            case Evaluation():
-                keeps_best = facts.values["recipe"]["checkpoint"]["keep_best"]
-                if record.step == 0:
-                    result["before"] = as_json(record)
-                elif record.best or not keeps_best:  # the evaluation of the weights that the run ends with
-                    result["after"] = as_json(record)
-                facts.write()
-            case Step():
-                totals["steps"] = record.step
-                totals["tokens"] += record.tokens
-                totals["targets"] += record.targets
-                totals["seconds"] += record.seconds
-                totals["peak_memory"] = max(totals["peak_memory"], record.memory)
-            case Saved():
-                facts.write(result=result | totals | _speed(totals, facts))
-    facts.write(result=facts.values["result"] | totals | _speed(totals, facts))
+    try:
+        for record in records:
+            for sink in sinks:
+                sink.write(record)
+            match record:
+                case Checks():
+                    known = {v["name"]: v for v in facts.values["verdicts"]}
+                    known |= {v.name: asdict(v) for v in record.verdicts}
+                    facts.values["verdicts"] = list(known.values())
+                    for verdict in record.verdicts:
+                        if not verdict.passed:
+                            _void(facts, verdict.name)
+                case Alarm() if record.voids:
+                    _void(facts, record.name)
+            if not isinstance(record, Step | Samples):
+                facts.write(result=_result(facts))
+    except NonFinite:
+        _void(facts, "the loss or the gradient was not finite")
+        facts.write(result=_result(facts))
+        raise
+    facts.write(result=_result(facts))
 
 
-def _speed(totals: dict[str, Any], facts: Facts) -> dict[str, float | None]:
+def _void(facts: Facts, reason: str) -> None:
+    """From now on the throughput of this run is not quoted; the first reason stays."""
+    facts.values["void"] = facts.values["void"] or reason
+
+
+def _result(facts: Facts) -> dict[str, Any]:
+    """What came of the run, by the records in its file: one that was resumed has dropped what it repeats."""
+    lines = (facts.file.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    steps, evaluations = ([r for r in records if r["kind"] == kind] for kind in ("step", "evaluation"))
+    keeps_best = facts.values["recipe"]["checkpoint"]["keep_best"]
+    of_the_end = [e for e in evaluations if e["step"] and (e["best"] or not keeps_best)]
+    totals = {key: sum(s[key] for s in steps) for key in ("tokens", "targets", "seconds")}
     quoted = totals["seconds"] and not facts.values["void"]
     return {
+        "before": next((e for e in evaluations if e["step"] == 0), None),
+        "after": of_the_end[-1] if of_the_end else None,
+        "steps": steps[-1]["step"] if steps else 0,
+        **totals,
+        "peak_memory": max((s["memory"] for s in steps), default=0),
         "tokens_per_second": totals["tokens"] / totals["seconds"] if quoted else None,
         "targets_per_second": totals["targets"] / totals["seconds"] if quoted else None,
     }
@@ -213,7 +281,8 @@ def _stopping_at_signals(trainer: Trainer) -> Iterator[None]:
             file=sys.stderr,
         )
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
         yield
     finally:
@@ -226,12 +295,7 @@ def _finish(job: Job, folder: Path, facts: Facts) -> None:
     kinds = ["adapter"] if facts.values["model"]["adapter"] else ["model"]
     if job.recipe.output.merged and kinds == ["adapter"]:
         kinds.append("merged")
-    try:
-        exports = [_export(job, kind, folder, folder / kind, facts) for kind in kinds]
-    except UserError:
-        facts.write(status="failed", finished=now())
-        pages.write(folder)
-        raise
+    exports = [_export(job, kind, folder, folder / kind, facts) for kind in kinds]
     facts.write(status="finished", finished=now(), next=_next_commands(folder, kinds))
     page = pages.write(folder)
     pages.card(folder, folder)
@@ -245,7 +309,10 @@ def _export(job: Job, kind: str, folder: Path, target: Path, facts: Facts) -> Ex
     with atomic_folder(target) as scratch:
         export = replace(write(job.trainer.model, job.loaded, scratch, probe), path=str(target))
         others = [e for e in facts.values["exports"] if e["path"] != export.path]
-        facts.write(exports=[*others, asdict(export) | {"passed": export.passed}])
+        figures = {
+            k: v if math.isfinite(v) else None for k, v in (("difference", export.difference), ("bound", export.bound))
+        }
+        facts.write(exports=[*others, asdict(export) | figures | {"passed": export.passed}])
         if not export.passed:
             raise UserError(
                 f"the {kind} reads back with logits that differ by {export.difference:.2e}, above the bound "
@@ -256,9 +323,10 @@ def _export(job: Job, kind: str, folder: Path, target: Path, facts: Facts) -> Ex
 
 
 def _next_commands(folder: Path, kinds: Sequence[str]) -> list[str]:
-    commands = [f'truetune generate {folder} --prompt "..."', f"truetune report {folder}"]
+    name = shlex.quote(str(folder))
+    commands = [f'truetune generate {name} --prompt "..."', f"truetune report {name}"]
     if kinds == ["adapter"]:
-        commands.append(f"truetune export {folder} --merged")
+        commands.append(f"truetune export {name} --merged")
     return commands
 
 
@@ -275,18 +343,22 @@ def generate(path: Path, prompts: Iterable[str], max_tokens: int) -> Iterator[st
     path = Path(path)
     adapter = path / "adapter" if (path / "adapter").is_dir() else path
     whole = next((path / k for k in ("merged", "model") if (path / k).is_dir()), None)
-    base = whole
-    if base is None and (adapter / "adapter_config.json").is_file():
-        base = Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
-    dtype = pick_dtype("auto", pick_device("auto"))
-    loaded = load(str(base or path), dtype=dtype)
+    base = str(whole or path)
+    adapted = whole is None and (adapter / "adapter_config.json").is_file()
+    if adapted:
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    elif whole is None and (path / "run.json").is_file():
+        raise UserError(f"{path} has no exported model yet; finish the run, or: truetune export {path}")
+    loaded = load(base, dtype=pick_dtype("auto", pick_device("auto")))
     model: Any = loaded.model
-    if whole is None and base is not None:
+    tokenizer = loaded.tokenizer
+    if adapted:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter)
+        with quiet():
+            model = PeftModel.from_pretrained(model, adapter)
+        tokenizer = AutoTokenizer.from_pretrained(adapter)  # its chat template is the one that was trained
     model.to(pick_device("auto")).eval()
-    tokenizer = loaded.tokenizer
     for prompt in prompts:
         if tokenizer.chat_template:
             text = tokenizer.apply_chat_template(
@@ -302,7 +374,10 @@ def generate(path: Path, prompts: Iterable[str], max_tokens: int) -> Iterator[st
 def export(folder: Path, kind: str, to: Path | None = None) -> Path:
     """Write ``kind`` ("adapter" or "merged") of a run from its best or newest checkpoint; where it is."""
     facts = _facts_of(folder)
+    if to and not _is_free(to):
+        raise UserError(f"{to} already holds something; name another folder with --to")
     job = assemble(spelling.read(str(folder / "recipe.yaml")), folder)
+    _require_same_base(job, facts)
     checkpoints = job.trainer.checkpoints
     assert checkpoints
     step, _ = checkpoints.newest()
@@ -322,6 +397,10 @@ def report(folder: Path) -> Path:
 
 
 def _facts_of(folder: Path) -> Facts:
-    if not (folder / "run.json").is_file():
+    file = folder / "run.json"
+    if not file.is_file():
         raise UserError(f"{folder} is no run folder (it has no run.json); name one under runs/")
-    return Facts.read(folder)
+    try:
+        return Facts.read(folder)
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); restore the file from a copy") from error

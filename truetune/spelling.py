@@ -68,7 +68,7 @@ def describe(path_or_name: str | None, overrides: Sequence[str] = ()) -> Iterato
         (name, key)
         for name, section in SECTIONS.items()
         for key, info in section.model_fields.items()
-        if info.is_required() and key not in spelled.values[name]
+        if info.is_required() and isinstance(spelled.values[name], dict) and key not in spelled.values[name]
     ]
     for name, key in still_open:
         spelled.values[name][key] = "required"
@@ -223,7 +223,7 @@ def _path(detail: Any, spelled: _Spelled) -> KeyPath:
     """The key that an error of pydantic is about; of keys in conflict, the one that is written last."""
     if detail["type"] == "conflict":
         keys = [tuple(key.split(".")) for key in detail["ctx"]["keys"]]
-        return max((path for path in keys if path in spelled.places), key=spelled.order)
+        return max((path for path in keys if path in spelled.places), key=spelled.order, default=keys[0])
     # Recipes are two levels deep; what follows in pydantic's location is its own (the members of a union).
     return tuple(map(str, detail["loc"][: 2 if detail["loc"][0] in SECTIONS else 1]))
 

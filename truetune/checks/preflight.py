@@ -101,7 +101,12 @@ def stops(documents: Sequence[Document], stop_ids: frozenset[int]) -> Verdict:
     ends = [(int(d.tokens[e]), bool(d.targets[e]), d.row) for d in documents for e in d.ends]
     bad = [row for token, trained, row in ends if not (trained and token in stop_ids)]
     figure = f"{len(ends) - len(bad)} of {len(ends)} turns" + (f" (not: row {bad[0]})" if bad else "")
-    advice = "the chat template must end an answer in a stop token; without it the model never learns to stop"
+    tokens = sorted({token for token, _, row in ends if row in bad and token not in stop_ids})
+    advice = (
+        f"add {tokens} to eos_token_id in generation_config.json if that is what ends an answer"
+        if tokens
+        else "the chat template must end an answer in a stop token"
+    ) + "; a model that is not trained to stop never stops"
     return Verdict("trained turns end in a stop token", not bad, figure, advice)
 
 
@@ -153,20 +158,9 @@ def moved(trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
         "every trained tensor gets a finite gradient",
         finite and not dead,
         figure if finite else "a gradient is NaN or infinite",
-        "check that the tensor takes part in the forward, and the precision",
+        "check that the tensor takes part in the forward; a NaN wants a lower rate or another precision",
     )
-    return [gradient, *_but_idle(integrity(model.model, before), model, before, idle)]
-
-
-def _but_idle(verdicts: list[Verdict], model: CausalLM, before: dict, idle: Sequence[str]) -> list[Verdict]:
-    """Experts that were not routed to need not move."""
-    if not idle:
-        return verdicts
-    after = fingerprints(model.model)
-    still = [n for n in model.trainable() if after[n] == before[n] and n not in idle]
-    total = len(model.trainable()) - len(idle)
-    first = replace(verdicts[0], passed=not still, figure=f"{total - len(still)} of {total} routed")
-    return [first, *verdicts[1:]]
+    return [gradient, *integrity(model.model, before, idle)]
 
 
 @torch.no_grad()

@@ -59,8 +59,8 @@ def tokenize(rows: Rows, form: str, renderer: Renderer, cut_limit: float) -> tup
     if form == "auto":
         form = formats.detect(rows.rows[0])
     try:
-        examples = [formats.read(form, row, i) for i, row in enumerate(rows.rows)]
-        rendered = [renderer.document(example, i) for i, example in enumerate(examples)]
+        examples = [formats.read(form, row, i) for i, row in zip(rows.numbers, rows.rows, strict=True)]
+        rendered = [renderer.document(example, i) for i, example in zip(rows.numbers, examples, strict=True)]
     except UserError as fault:
         raise UserError(f"{rows.name}: {fault}") from fault
     _check_cut(rows, rendered, renderer.max_length, cut_limit)
@@ -126,14 +126,30 @@ def hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
         raise UserError(f"all rows of {rows.name} are equal, so none can be held out; name the evaluation's own source")
     count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
     chosen = set(distinct[:count])
-    kept = [row for row, rank in zip(rows.rows, ranks, strict=True) if rank not in chosen]
-    held = [row for row, rank in zip(rows.rows, ranks, strict=True) if rank in chosen]
-    return Rows.of(kept, f"{rows.name} less held out"), Rows.of(held, f"{rows.name} held out")
+    kept = rows.at((i for i, rank in enumerate(ranks) if rank not in chosen), f"{rows.name} less held out")
+    held = rows.at((i for i, rank in enumerate(ranks) if rank in chosen), f"{rows.name} held out")
+    return kept, held
+
+
+def less(train: Rows, evaluation: Rows) -> Rows:
+    """The training rows that are not held out as well; how many are left out is said in their name.
+
+    A loss on rows that were trained on says nothing. Raises UserError if no row is left.
+    """
+    held = {canonical(row) for row in evaluation.rows}
+    kept = [i for i, row in enumerate(train.rows) if canonical(row) not in held]
+    shared = len(train) - len(kept)
+    if not kept:
+        raise UserError(
+            f"every row of {train.name} is also held out ({evaluation.name}); name another evaluation.source or "
+            "evaluation.split, or leave both out"
+        )
+    return train.at(kept, f"{train.name} less {shared} that are held out") if shared else train
 
 
 def first(rows: Rows, n: int) -> Rows:
     """The first ``n`` rows, or all."""
-    return rows if n >= len(rows) else Rows.of(rows.rows[:n], rows.name, rows.held_out_split)
+    return rows if n >= len(rows) else rows.at(range(n), held_out_split=rows.held_out_split)
 
 
 def draw(rows: Rows, n: int, seed: int) -> Rows:
@@ -141,7 +157,7 @@ def draw(rows: Rows, n: int, seed: int) -> Rows:
     if n >= len(rows):
         return rows
     order = sorted(range(len(rows)), key=lambda i: (_rank(rows.rows[i], seed), i))
-    return Rows.of([rows.rows[i] for i in sorted(order[:n])], rows.name, rows.held_out_split)
+    return rows.at(sorted(order[:n]), held_out_split=rows.held_out_split)
 
 
 def _rank(row: Row, seed: int) -> bytes:

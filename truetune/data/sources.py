@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,21 +33,36 @@ class Rows:
     """Rows of one split.
 
     digest:         SHA-256 of the rows in their order, whatever the file format that they came in.
+    numbers:        of each row in its source, from 0: what faults and reports call it by.
     held_out_split: the source's own held-out split, other than this one, if it has any.
     """
 
     rows: list[Row]
     name: str
     digest: str
+    numbers: Sequence[int]
     held_out_split: str | None = None
 
     @classmethod
-    def of(cls, rows: Iterable[Row], name: str, held_out_split: str | None = None) -> Rows:
+    def of(
+        cls,
+        rows: Iterable[Row],
+        name: str,
+        held_out_split: str | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> Rows:
         kept = list(rows)
         digest = hashlib.sha256()
         for row in kept:
             digest.update(canonical(row) + b"\n")
-        return cls(kept, name, digest.hexdigest(), held_out_split)
+        numbers = range(len(kept)) if numbers is None else numbers
+        return cls(kept, name, digest.hexdigest(), numbers, held_out_split)
+
+    def at(self, places: Iterable[int], name: str | None = None, held_out_split: str | None = None) -> Rows:
+        """The rows at ``places``, which keep their numbers."""
+        places = list(places)
+        rows, numbers = [self.rows[i] for i in places], [self.numbers[i] for i in places]
+        return Rows.of(rows, name or self.name, held_out_split, numbers)
 
     def __len__(self) -> int:
         return len(self.rows)

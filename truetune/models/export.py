@@ -50,18 +50,35 @@ def export_adapter(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequenc
     config = model.model.peft_config["default"]
     local = Path(loaded.source).expanduser().exists()
     config.base_model_name_or_path = str(loaded.folder.resolve()) if local else loaded.source
+    config.revision = None if local else loaded.revision
     config.inference_mode = True
     with quiet():
         model.model.save_pretrained(str(folder))
     loaded.tokenizer.save_pretrained(folder)
+    _same_tokenizer(loaded, folder)
     got = _read_back(lambda: _with_adapter(loaded, folder), probe)
     return _compare("adapter", folder, live_logits(model, probe), got, torch.float32)
 
 
 def export_merged(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequence[Sequence[int]]) -> Export:
-    """Write the whole model, adapters merged in fp32, in the dtype its base is stored in; read it back."""
+    """Write the whole model, adapters merged in fp32, in the dtype its base is stored in; read it back.
+
+    Where that dtype would change the logits by more than its bound, the model is written in fp32.
+    """
     truth = live_logits(model, probe)
-    dtype = stored_dtype(loaded)
+    kind = "merged" if isinstance(model.model, PeftModel) else "model"
+    loaded.tokenizer.save_pretrained(folder)
+    _same_tokenizer(loaded, folder)
+    for dtype in dict.fromkeys((stored_dtype(loaded), torch.float32)):
+        _write_whole(model, folder, dtype)
+        got = _read_back(lambda: _reload(loaded, folder, "auto"), probe)
+        export = _compare(kind, folder, truth, got, dtype)
+        if export.passed:
+            break
+    return export
+
+
+def _write_whole(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
     whole = copy.deepcopy(model.model).float()
     if isinstance(whole, PeftModel):
         whole = whole.merge_and_unload()
@@ -70,12 +87,10 @@ def export_merged(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequence
     whole.set_attn_implementation(model.route.published)
     with quiet():
         whole.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-    del whole
-    got = _read_back(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), probe)
-    kind = "merged" if isinstance(model.model, PeftModel) else "model"
-    _same_tokenizer(loaded, folder)
-    return _compare(kind, folder, truth, got, dtype)
+
+
+def _reload(loaded: Loaded, folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=loaded.trust_remote_code)
 
 
 def stored_dtype(loaded: Loaded) -> torch.dtype:
@@ -105,8 +120,7 @@ def _read_back(load: Callable[[], PreTrainedModel | PeftModel], probe: Sequence[
 
 def _with_adapter(loaded: Loaded, folder: Path) -> PeftModel:
     dtype = next(loaded.model.parameters()).dtype
-    base = AutoModelForCausalLM.from_pretrained(loaded.folder, dtype=dtype)
-    return PeftModel.from_pretrained(base, folder)
+    return PeftModel.from_pretrained(_reload(loaded, loaded.folder, dtype), folder)
 
 
 def _compare(kind: str, folder: Path, truth: Tensor, got: Tensor, dtype: torch.dtype) -> Export:
@@ -116,8 +130,8 @@ def _compare(kind: str, folder: Path, truth: Tensor, got: Tensor, dtype: torch.d
 
 def _same_tokenizer(loaded: Loaded, folder: Path) -> None:
     """Raise UserError unless the written tokenizer renders and encodes as the live one does."""
-    again = AutoTokenizer.from_pretrained(folder)
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=loaded.trust_remote_code)
     text = "A line, <tag> and\n\tthree  spaces; 1234 é 漢."
     same = again(text)["input_ids"] == loaded.tokenizer(text)["input_ids"]
     if not same or again.chat_template != loaded.tokenizer.chat_template:
-        raise UserError(f"the tokenizer in {folder} does not read back as it was; please report it with its files")
+        raise UserError("the tokenizer does not read back as it was written; please report it with its files")

@@ -13,8 +13,14 @@ from transformers import GenerationConfig
 def answer(model: Any, prompt: Sequence[int], max_tokens: int, stop_ids: frozenset[int]) -> tuple[list[int], bool]:
     """Greedy continuation of ``prompt``: at most ``max_tokens`` tokens, and whether a stop token ended it.
 
-    model: a Hugging Face model, or PEFT's wrapper of one. The stop token itself is left out.
+    model: a Hugging Face model, or PEFT's wrapper of one. The stop token itself is left out. The answer ends
+    where the model has no further positions.
     """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions:
+        max_tokens = min(max_tokens, positions - len(prompt))
+    if max_tokens < 1:
+        return [], False
     greedy = GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -47,6 +48,8 @@ class Loaded:
     digest: str
     stop_ids: frozenset[int]
     config_dtype: torch.dtype | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
 
 
 def load(
@@ -72,15 +75,51 @@ def load(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in a sentence
         )
     model, report = loaded
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise UserError(
+            f"{path} has {name} of shape {list(stored)} where its config asks for {list(wanted)}; get weights and "
+            "config of the same model"
+        )
     if lost := sorted(report["missing_keys"]):
         raise UserError(
             f"{path} lacks {len(lost)} weights that its config asks for ({lost[0]}, ...), which would start at "
             "random; get the complete model"
         )
     model.generation_config.max_length = None
-    return Loaded(model, tokenizer, path, folder, weights_digest(folder), stop_ids(tokenizer, model), config.dtype)
+    return Loaded(
+        model,
+        tokenizer,
+        path,
+        folder,
+        weights_digest(folder),
+        stop_ids(tokenizer, model),
+        config.dtype,
+        trust_remote_code,
+        revision,
+    )
+
+
+@torch.no_grad()
+def require_causal(model: PreTrainedModel) -> None:
+    """Raise UserError if later tokens change earlier logits: such a model would read its targets.
+
+    Encoders are loaded as causal models without complaint, and their loss falls beautifully.
+    """
+    tokens = torch.arange(1, 9, device=model.device)[None]
+    others = torch.where(tokens > 4, 1, tokens)
+    training = model.training
+    model.eval()
+    first, second = (model(input_ids=t, use_cache=False).logits[0, :4].float() for t in (tokens, others))
+    model.train(training)
+    bound = 1e-4 if model.dtype == torch.float32 else 2e-2  # experts may round differently in other company
+    if float((first - second).abs().max()) > bound * float(first.abs().max()):
+        raise UserError(
+            f"{type(model).__name__} sees later tokens, so it is no causal language model; choose a model that is one"
+        )
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
@@ -161,9 +200,14 @@ def _explained(path: str) -> Iterator[None]:
     """Turn the library's refusal into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = (lines[0] if lines else type(error).__name__).rstrip(".")
+    except UserError:
+        raise
+    except Exception as error:  # what parsers of damaged files raise is of every kind
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        reason = " ".join(lines if lines[0].endswith(":") else lines[:1]).rstrip(".")
+        reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", reason)
+        if not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__} {reason}".strip()
         raise UserError(
             f"can't load {path} as a causal language model ({reason[:300]}); name a folder, a GGUF file, or a hub "
             "id that can be reached"

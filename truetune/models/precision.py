@@ -25,7 +25,8 @@ def keep_sums_in_fp32(model: PreTrainedModel) -> None:
     for module in model.modules():
         if not isinstance(module, PRODUCTS):
             for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()
+                if parameter.ndim < 3:  # stacked experts are weights of products too
+                    parameter.data = parameter.data.float()
     model.get_input_embeddings().register_forward_hook(_in_fp32)
 
 

@@ -33,15 +33,18 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     An older ``target`` is replaced. Raises UserError when the disk refuses.
     """
-    scratch = target.parent / f".{target.name}.tmp-{os.getpid()}"
-    retired = target.parent / f".{target.name}.old-{os.getpid()}"
+    scratch = target.parent / f".{target.name}.tmp"
+    retired = target.parent / f".{target.name}.old"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
+        if retired.exists() and not target.exists():  # a process was killed between the two renames
+            retired.rename(target)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
         scratch.mkdir()
         yield scratch
         _seal(scratch)
         if target.exists():
+            shutil.rmtree(retired, ignore_errors=True)
             target.rename(retired)
         scratch.rename(target)
         _sync(target.parent)
@@ -51,7 +54,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+        elif retired.exists():  # the new folder could not take its place
+            retired.rename(target)
 
 
 def verify(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,22 @@ def fingerprints(model: nn.Module) -> dict[str, Fingerprint]:
 
 
 @torch.no_grad()
-def integrity(model: nn.Module, before: Mapping[str, Fingerprint]) -> list[Verdict]:
-    """Since ``before``: has every trained tensor moved, is it finite, and has no frozen one changed?"""
+def integrity(model: nn.Module, before: Mapping[str, Fingerprint], idle: Collection[str] = ()) -> list[Verdict]:
+    """Since ``before``: has every trained tensor moved, is it finite, and has no frozen one changed?
+
+    idle: trained tensors that nothing was routed to, which need not move.
+    """
     after = fingerprints(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    still = [n for n in trained if after[n] == before[n]]
+    active = [n for n in trained if n not in idle]
+    still = [n for n in active if after[n] == before[n]]
     broken = [n for n, p in trained.items() if not torch.isfinite(p).all()]
     changed = [n for n in after if n not in trained and after[n] != before[n]]
     return [
         Verdict(
             "every trained tensor moved",
             not still,
-            f"{len(trained) - len(still)} of {len(trained)}" + _first(still),
+            f"{len(active) - len(still)} of {len(active)}" + _first(still),
             "check that the tensor takes part in the forward and that the rate is not too small to change it",
         ),
         Verdict(

@@ -46,7 +46,8 @@ class Step:
     """One optimizer step.
 
     loss is the mean over the step's target tokens, before the update (nats); gradient_norm the L2 norm
-    before clipping; rate the highest learning rate of any group, as the optimizer used it, and planned what
+    before clipping; rate the learning rate of the group that is furthest from its plan (else of the
+    fastest), as the optimizer used it, and planned what
     the schedule says it should be; seconds the wall time of the step;
     memory the resident bytes of the process; tokens_per_second counts real tokens (nothing is padding)
     and is None once a check has failed.

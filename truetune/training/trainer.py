@@ -8,6 +8,7 @@ of these four continues bit for bit.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +31,8 @@ from truetune.schedules import Schedule
 from truetune.training.checkpoint import Checkpoints
 from truetune.training.evaluate import Evaluator, Sampler
 from truetune.training.gradient import NonFinite, accumulate, clip, norm_of, require_finite
-from truetune.training.integrity import fingerprints, integrity
-from truetune.training.record import Checks, Evaluation, Record, Saved, Step
+from truetune.training.integrity import Fingerprint, fingerprints, integrity
+from truetune.training.record import Checks, Evaluation, Record, Saved, Step, Verdict
 
 
 class CheckFailed(UserError):
@@ -48,6 +49,7 @@ class Trainer:
     evaluate_every, save_every: steps; the last step is always evaluated and saved.
     keep_best: end with the weights of the best evaluation.
     step:     steps completed. stop: set it to end at the next step boundary.
+    start:    fingerprints of the weights that the run began with.
     """
 
     model: CausalLM
@@ -68,6 +70,7 @@ class Trainer:
     step: int = 0
     stop: bool = False
     best: Evaluation | None = None
+    start: dict[str, Fingerprint] = field(default_factory=dict, repr=False)
     _process: psutil.Process = field(default_factory=psutil.Process, repr=False)
 
     def steps(self) -> Iterator[Record]:
@@ -75,9 +78,8 @@ class Trainer:
 
         Raises CheckFailed when a check fails, NonFinite before a weight could take a NaN.
         """
-        if self.preflight:
-            yield from self._require(self.preflight(self))
-        start = fingerprints(self.model.model)
+        yield from self.check()
+        self.start = self.start or fingerprints(self.model.model)
         first = self.step
         if self.step == 0:
             yield from self._look()
@@ -88,17 +90,27 @@ class Trainer:
             yield from self._save("interrupted")
             return
         if self.step > first:
-            yield from self._require(Checks(self.step, tuple(integrity(self.model.model, start))))
+            yield from self._require(Checks(self.step, tuple(self._integrity())))
         if self.keep_best and self.best and self.best.step != self.step and self.checkpoints:
             self._load_weights(self.checkpoints.load(self.best.step)[0]["weights"])
         if self.sampler:
             yield self.sampler(self.model, self.step)
+
+    def check(self) -> Iterator[Record]:
+        """The preflight alone. Raises CheckFailed."""
+        if self.preflight:
+            yield from self._require(self.preflight(self))
 
     def _require(self, checks: Checks) -> Iterator[Record]:
         yield checks
         for verdict in checks.verdicts:
             if not verdict.passed:
                 raise CheckFailed(f"check failed: {verdict.name}: {verdict.figure}; {verdict.advice}")
+
+    def _integrity(self) -> list[Verdict]:
+        """What the whole run moved; an expert that was never routed to has no optimizer state, and may stay."""
+        idle = {n for n, p in self.model.trainable().items() if not self.optimizer.state.get(p)}
+        return integrity(self.model.model, self.start, idle)
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of ``step``, in order."""
@@ -123,13 +135,14 @@ class Trainer:
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.step += 1
+        furthest = max(self.optimizer.param_groups, key=lambda g: (abs(g["lr"] - factor * g["peak"]), g["peak"]))
         seconds = time.perf_counter() - started
         tokens = sum(len(b.tokens) for b in batches)
         return Step(
             step=self.step,
             loss=loss,
-            rate=max(g["lr"] for g in self.optimizer.param_groups),
-            planned=factor * max(g["peak"] for g in self.optimizer.param_groups),
+            rate=furthest["lr"],
+            planned=factor * furthest["peak"],
             gradient_norm=float(norm),
             tokens=tokens,
             targets=int(sum(self.objective.count(b) for b in batches)),
@@ -144,7 +157,7 @@ class Trainer:
         """Evaluation and samples of the model as it stands."""
         if self.evaluator:
             evaluation = self.evaluator(self.model, self.step)
-            if self.step and (self.best is None or evaluation.loss < self.best.loss):
+            if self.step and evaluation.loss < (self.best.loss if self.best else math.inf):
                 evaluation = self.best = _marked_best(evaluation)
             yield evaluation
         if self.sampler and self.step < len(self.stream):
@@ -178,7 +191,7 @@ class Trainer:
             random["cuda"] = torch.cuda.get_rng_state()
         best = None if self.best is None else {"step": self.best.step, "loss": self.best.loss}
         tensors = {"weights": dict(self.model.trainable()), "optimizer": moments, "random": random}
-        return tensors, {"step": self.step, "best": best}
+        return tensors, {"step": self.step, "best": best, "start": self.start}
 
     def resume(self, step: int) -> None:
         """Take up the checkpoint of ``step``. Raises UserError when it does not fit this run."""
@@ -190,11 +203,12 @@ class Trainer:
         self.optimizer.state.clear()
         for key, tensor in tensors["optimizer"].items():
             name, _, part = key.rpartition("/")
-            self.optimizer.state[parameters[name]][part] = tensor
+            self.optimizer.state[parameters[name]][part] = tensor.to(parameters[name].device)
         torch.set_rng_state(tensors["random"]["cpu"])
         if torch.cuda.is_available() and "cuda" in tensors["random"]:
             torch.cuda.set_rng_state(tensors["random"]["cuda"])
         self.step = state["step"]
+        self.start = {name: (h, s, tuple(rest)) for name, (h, s, rest) in state["start"].items()}
         if state["best"]:
             best = state["best"]
             self.best = Evaluation(best["step"], best["loss"], 0.0, 0.0, 0, 0, 0.0, best=True)

@@ -17,9 +17,11 @@ HISTORY = 10
 """Steps that a collapse is measured against."""
 
 
-def watch(records: Iterable[Record]) -> Iterator[Record]:
-    """Yield ``records``; before a step that gives cause for it, an Alarm."""
-    void = False
+def watch(records: Iterable[Record], void: bool = False) -> Iterator[Record]:
+    """Yield ``records``; before a step that gives cause for it, an Alarm.
+
+    void: whether a check has failed already, before the run was resumed.
+    """
     active: set[str] = set()
     history: deque[Step] = deque(maxlen=HISTORY)
     for record in records:
@@ -42,8 +44,8 @@ def _alarms(step: Step, history: deque[Step]) -> Iterator[Alarm]:
     if abs(step.rate - step.planned) > 1e-9 * max(step.planned, 1e-30):
         message = f"the optimizer used {step.rate:.3e} where the schedule says {step.planned:.3e}"
         yield Alarm(step.step, "wrong rate", message, True)
-    if len(history) < HISTORY:
-        return
+    if len(history) < HISTORY or step.tokens < median(h.tokens for h in history) / 2:
+        return  # too early to know what is usual, or a short last step, which is mostly fixed cost
     usual = median(h.tokens / h.seconds for h in history)
     if step.tokens / step.seconds < usual / 3:
         message = f"{step.tokens / step.seconds:.0f} tokens/s after a median of {usual:.0f}; is something else running?"
