@@ -22,6 +22,8 @@ from truetune.data.batch import Batch
 from truetune.data.chat import DEFAULT_TEMPLATE
 from truetune.models.load import quiet
 
+pytestmark = pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+
 TEXT = "A line, <tag> and\n\tthree   spaces; 1234 é 漢 <|im_end|>"
 SHORT = ("train.steps=2", "evaluation.samples=0", "optimizer.rate=3e-2", "schedule.name=constant")
 

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from truetune import spelling
 from truetune.training.checkpoint import Checkpoints, verify
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of PEFT's
+
 ROOT = Path(__file__).parents[2]
 EXPORTED = "adapter_model.safetensors"
 SPEED = re.compile(r"\d\s*tokens/s|\d\s*targets/s")

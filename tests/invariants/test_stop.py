@@ -134,12 +134,12 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_no_checkpoint(
 ) -> None:
     half = Path("out/checkpoints/.step-00000006.tmp")
     half.mkdir()
-    (half / "weights.safetensors").write_bytes(b"half")
+    (half / "half.safetensors").write_bytes(b"half")
     with Path("out/metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "step": 6, "lo')
     assert invoke("train", "--resume", "out").exit_code == 0
     assert_same_end(Path("out"), straight[0])
-    assert not half.exists()
+    assert not half.exists() and not list(Path("out").rglob("half.*"))
 
 
 def change_base(_: Path) -> None:

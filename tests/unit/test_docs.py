@@ -20,7 +20,6 @@ Any other tag, none, or a fence that is not closed is a fault.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import runpy
@@ -34,9 +33,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
-from tiny import tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from truetune import spelling
@@ -51,10 +47,6 @@ SHAPES = [
     r"python3? -m venv \S+",
     r"(source|\.) \S+/activate",
 ]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 class Block(NamedTuple):
@@ -190,41 +182,11 @@ def newest_run() -> str:
 # Where the blocks run.
 
 
-@pytest.fixture(scope="module")
-def my_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a byte-level tokenizer, as a Hugging Face folder."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet)
-    inner.train_from_iterator(["What is it? It is what it is: system, user, assistant."] * 4, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|endoftext|>", eos_token="<|im_end|>")
-    tokenizer.chat_template = CHATML
-    model = tiny(
-        "llama",
-        vocab_size=len(tokenizer),
-        max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    folder = tmp_path_factory.mktemp("docs") / "my-model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def workplace(my_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workplace(my_model: Path, my_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working folder of one document."""
     (tmp_path / "my-model").symlink_to(my_model)
-    roles = ("user", "assistant")
-    with (tmp_path / "my-data.jsonl").open("w", encoding="utf-8") as file:
-        for i in range(60):
-            turns = (f"What is {i} and {i}?", f"It is {2 * i}, of course.")
-            messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "my-data.jsonl").symlink_to(my_data)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
