@@ -11,13 +11,10 @@ Exit status 1 when a figure disagrees with run.json by more than 1e-3 relative (
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # stay fast beside other programs
 
 import torch
 from peft import PeftModel

@@ -7,7 +7,6 @@ and keeps its traceback.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,8 +56,6 @@ def main() -> None:
     """Run the command line; the entry point of ``truetune``."""
     # So that a recipe can name the user's own as module:attribute; last, so that it hides nothing installed.
     sys.path.append(str(Path.cwd()))
-    # Threads that wait by spinning take the core of those they wait for, as soon as anything else runs here.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="truetune")
 
 

@@ -48,7 +48,10 @@ def _alarms(step: Step, history: deque[Step]) -> Iterator[Alarm]:
         return  # too early to know what is usual, or a short last step, which is mostly fixed cost
     usual = median(h.tokens / h.seconds for h in history)
     if step.tokens / step.seconds < usual / 3:
-        message = f"{step.tokens / step.seconds:.0f} tokens/s after a median of {usual:.0f}; is something else running?"
+        message = (
+            f"{step.tokens / step.seconds:.0f} tokens/s after a median of {usual:.0f}; if something else runs here, "
+            "threads lose less with OMP_WAIT_POLICY=PASSIVE in the environment"
+        )
         yield Alarm(step.step, "throughput collapsed", message, False)
     usual = median(h.targets / h.tokens for h in history)
     if step.targets / step.tokens < usual / 4:
