@@ -138,7 +138,8 @@ def test_names_are_checked_where_an_annotation_cannot_be_read() -> None:
 
 
 def test_any_optimizer_of_torch_can_be_named() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     make = registry.bind("optimizer", {}, "torch.optim:SGD", {"momentum": 0.5, "nesterov": True})
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = make([{"params": [weight], "name": "weights", "peak": 0.1}], 0.1)

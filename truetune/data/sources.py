@@ -74,14 +74,14 @@ def canonical(row: Row) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def load(source: str, split: str = "train", rows: int | None = None) -> Rows:
-    """The first ``rows`` rows (or all) of one split of a source.
+def load(source: str, split: str = "train") -> Rows:
+    """All rows of one split of a source.
 
     ``source`` is "python-docs", a .jsonl file, a folder that ``datasets`` wrote or can read, or a hub id
     (``owner/name``, or ``owner/name:config``). Raises UserError if it is none of them, if it cannot be
     read, or if it has no such split or no rows.
     """
-    loaded = SOURCES[kind(source)](source, split, rows)
+    loaded = SOURCES[kind(source)](source, split)
     if not loaded.rows:
         raise UserError(f"{loaded.name} has no rows; give a source or a split that has some")
     return loaded
@@ -107,19 +107,17 @@ def kind(source: str) -> str:
     return "hub"
 
 
-def _built_in(source: str, split: str, rows: int | None) -> Rows:
+def _built_in(source: str, split: str) -> Rows:
     splits, read = BUILT_IN[source]
     held_out = _check_split(source, split, splits)
-    return Rows.of(read(split)[:rows], f"{source} ({split})", held_out)
+    return Rows.of(read(split), f"{source} ({split})", held_out)
 
 
-def _file(source: str, split: str, rows: int | None) -> Rows:
+def _file(source: str, split: str) -> Rows:
     _check_split(source, split, ("train",))
     read: list[Row] = []
     with Path(source).expanduser().open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if len(read) == rows:
-                break
             if row := _json_object(line, f"{source}:{number}"):
                 read.append(row)
     return Rows.of(read, source)
@@ -142,7 +140,7 @@ def _json_object(line: bytes, where: str) -> Row | None:
     return row
 
 
-def _folder(source: str, split: str, rows: int | None) -> Rows:
+def _folder(source: str, split: str) -> Rows:
     import datasets
 
     path = Path(source).expanduser()
@@ -155,10 +153,10 @@ def _folder(source: str, split: str, rows: int | None) -> Rows:
             "written by datasets' save_to_disk, or one with .jsonl, .csv or .parquet files"
         ) from fault
     splits = {"train": found} if isinstance(found, datasets.Dataset) else found
-    return _from_splits(splits, source, split, rows)
+    return _from_splits(splits, source, split)
 
 
-def _hub(source: str, split: str, rows: int | None) -> Rows:
+def _hub(source: str, split: str) -> Rows:
     import datasets
 
     name, _, config = source.partition(":")
@@ -168,14 +166,12 @@ def _hub(source: str, split: str, rows: int | None) -> Rows:
         raise UserError(
             f"{source!r} is no local data and could not be had from the hub ({_first_line(fault)}){_advice(source)}"
         ) from fault
-    return _from_splits(found, source, split, rows)
+    return _from_splits(found, source, split)
 
 
-def _from_splits(splits: Mapping[str, datasets.Dataset], source: str, split: str, rows: int | None) -> Rows:
+def _from_splits(splits: Mapping[str, datasets.Dataset], source: str, split: str) -> Rows:
     held_out = _check_split(source, split, list(splits))
     chosen = splits[split]
-    if rows is not None:
-        chosen = chosen.select(range(min(rows, len(chosen))))
     return Rows.of(chosen.to_list(), f"{source} ({split})", held_out)
 
 
@@ -208,7 +204,7 @@ BUILT_IN: dict[str, tuple[tuple[str, ...], Callable[[str], list[Row]]]] = {
     "python-docs": (python_docs.SPLITS, python_docs.rows),
 }
 
-SOURCES: dict[str, Callable[[str, str, int | None], Rows]] = {
+SOURCES: dict[str, Callable[[str, str], Rows]] = {
     "built-in": _built_in,
     "file": _file,
     "folder": _folder,

@@ -35,7 +35,6 @@ def test_jsonl(tmp_path):
     rows = load(write(tmp_path / "data.jsonl"))
     assert rows.rows == ROWS and len(rows) == 3
     assert rows.name == str(tmp_path / "data.jsonl") and rows.held_out_split is None
-    assert load(str(tmp_path / "data.jsonl"), rows=2).rows == ROWS[:2]
 
 
 def test_digest_is_of_the_content_and_the_order(tmp_path):
@@ -91,7 +90,6 @@ def test_saved_datasets(tmp_path):
     assert one.rows == two.rows == ROWS and one.digest == two.digest
     assert one.held_out_split is None and two.held_out_split == "test"
     assert load("two", "test").rows == ROWS[:1] and load("two", "test").held_out_split is None
-    assert load("two", rows=2).rows == ROWS[:2]
     with pytest.raises(UserError, match="no split 'dev'; choose among: train, test"):
         load("two", "dev")
 
