@@ -14,6 +14,7 @@ quickstart: .venv/user $(CACHE)/model
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
+# Slow evidence; some of it looks at pages in a browser: apt-get install chromium
 proof: .venv/dev $(CACHE)/model
 	$(BIN)/python -m pytest -m proof
 
