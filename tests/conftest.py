@@ -1,6 +1,8 @@
 """One torch thread per test process: tiny matrices gain nothing from two, and idle threads spin."""
 
+import json
 import os
+from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,3 +41,15 @@ def straight(my_model: Path, my_data: Path, tmp_path_factory: pytest.TempPathFac
     result = invoke("train", *keys(my_model, my_data, folder))
     assert result.exit_code == 0, result.output
     return folder, result.stdout
+
+
+@pytest.fixture
+def evidence() -> Callable[..., None]:
+    """Keep figures of a proof in ``results/trust``, from which ``tools/trust.py`` writes ``docs/trust.md``."""
+
+    def keep(name: str, **figures: int | float | str) -> None:
+        folder = Path(__file__).parents[1] / "results" / "trust"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+    return keep

@@ -80,7 +80,7 @@ def keys(model: Path, data: Path | str, folder: Path, *more: str) -> list[str]:
         f"output.folder={folder}",
         "model.precision=fp32",
         "data.max_length=128",
-        "adapter.rank=4",
+        *([] if "adapter.method=full" in more else ["adapter.rank=4"]),
         "optimizer.rate=1e-2",
         f"train.steps={STEPS}",
         "train.tokens_per_step=240",

@@ -15,12 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "UserError", "__version__", "assemble", "train", "watch"]
+__all__ = ["Recipe", "UserError", "__version__", "assemble", "prove", "train", "watch"]
 
 _HOMES = {
     "Recipe": "truetune.recipe",
     "UserError": "truetune.errors",
     "assemble": "truetune.assembly",
+    "prove": "truetune.promises",
     "train": "truetune.run",
     "watch": "truetune.training.watch",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,11 @@ from truetune.recipe import Recipe
 from truetune.schedules import SCHEDULES, with_warmup
 from truetune.training.checkpoint import Checkpoints
 from truetune.training.evaluate import Evaluator, Sampler
+from truetune.training.patience import existing
 from truetune.training.trainer import Trainer
+
+TEXTS, STEP_TEXT = 4_000_000, 1_000
+"""Bytes allowed for facts, rows, samples and the report, and for the records of one step."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,32 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     if dtype != torch.float32:
         keep_sums_in_fp32(hf)
     return loaded, CausalLM(model, tail, route, dtype)
+
+
+def disk_need(job: Job) -> int:
+    """Bytes that the run may write: checkpoints as many as are ever there at once, exports, and texts."""
+    model, recipe = job.trainer.model, job.recipe
+    trained = sum(p.nbytes for p in model.trainable().values())
+    whole = sum(4 * p.numel() for p in model.parameters())  # fp32, should the base's dtype change its logits
+    lora, merged = recipe.adapter.method == "lora", recipe.output.merged
+    moments = 2 * trained
+    checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.keep_best  # one more while it is written
+    weights = trained + whole * merged if lora else whole
+    files = [f for f in job.loaded.folder.iterdir() if f.suffix in (".json", ".jinja", ".txt", ".model")]
+    words = sum(f.stat().st_size for f in files) * (1 + (lora and merged))
+    return checkpoints * (trained + moments) + weights + words + TEXTS + STEP_TEXT * len(job.trainer.stream)
+
+
+def require_space(job: Job, folder: Path) -> None:
+    """Raise UserError unless the disk has room for the whole run, before anything is computed."""
+    need, place = disk_need(job), existing(folder)
+    held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())  # of a resumed run
+    free = shutil.disk_usage(place).free
+    if free + held < need:
+        raise UserError(
+            f"the run may need {need / 1e9:.2f} GB at {place} and {(free + held) / 1e9:.2f} GB are free; free some "
+            "space, lower checkpoint.keep, or name another output.folder"
+        )
 
 
 def require_known(model: CausalLM, part: Part) -> None:

@@ -7,6 +7,7 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,10 +74,29 @@ def train(
     from truetune.run import train as run_train
 
     try:
-        run_train(recipe, resume=resume, dry_run=dry_run)
+        command = shlex.join(["truetune", "train", *(arguments or []), *(["--dry-run"] if dry_run else [])])
+        run_train(recipe, resume=resume, dry_run=dry_run, command=command)
     except Interrupted as stop:
         typer.echo(str(stop), err=True)
         raise typer.Exit(130) from None
+
+
+@app.command()
+def prove(arguments: RecipeAndKeys = None) -> None:
+    """Try every promise of this program on the recipe's own model and data; takes minutes."""
+    recipe = _recipe(arguments or [], None)
+    from truetune.promises import PROMISES, proof_folder
+    from truetune.promises import prove as tried
+
+    folder = proof_folder(recipe)
+    width, held = max(map(len, PROMISES)), 0
+    for verdict in tried(recipe, folder):
+        held += verdict.passed
+        advice = "" if verdict.passed or not verdict.advice else f"; {verdict.advice}"
+        typer.echo(f"{'holds' if verdict.passed else 'FAILS'}  {verdict.name.ljust(width)}  {verdict.figure}{advice}")
+    typer.echo(f"{held} of {len(PROMISES)} promises hold\nreport  {folder / 'report.html'}")
+    if held < len(PROMISES):
+        raise typer.Exit(1)
 
 
 @app.command()

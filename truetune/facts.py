@@ -16,9 +16,11 @@ import torch
 from peft import PeftModel
 
 import truetune
+from truetune import versions
 from truetune.assembly import Job
+from truetune.errors import UserError
+from truetune.training.patience import patiently, write_text
 
-FORMAT = 1
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -30,9 +32,9 @@ class Facts:
         self.values = values
 
     @classmethod
-    def start(cls, folder: Path, job: Job, command: str) -> Facts:
+    def start(cls, folder: Path, job: Job, command: str | None) -> Facts:
         values = {
-            "format": FORMAT,
+            "format": versions.RUN,
             "truetune": truetune.__version__,
             "name": folder.name,
             "started": now(),
@@ -56,13 +58,21 @@ class Facts:
 
     @classmethod
     def read(cls, folder: Path) -> Facts:
-        return cls(folder / "run.json", json.loads((folder / "run.json").read_bytes()))
+        """Raises ValueError for what is no JSON object, UserError for one of another format."""
+        file = folder / "run.json"
+        values = json.loads(file.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("it is no object")
+        versions.require(file, values.get("format"), versions.RUN, values.get("truetune"))
+        return cls(file, values)
 
     def write(self, **changes: Any) -> None:
+        """Take up ``changes`` and save; waits while the disk is full."""
         self.values |= changes
-        scratch = self.file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(self.values, indent=1, allow_nan=False))
-        scratch.replace(self.file)
+        patiently(self.save, self.file)
+
+    def save(self) -> None:
+        write_text(self.file, json.dumps(self.values, indent=1, allow_nan=False))
 
 
 def now() -> str:
@@ -117,3 +127,40 @@ def plan(job: Job) -> dict[str, Any]:
         "epochs": stream.epochs,
         "schedule": [[t + 1, peak * trainer.schedule(t)] for t in steps],
     }
+
+
+# What a run that is continued is held to.
+
+
+def require_same_base(facts: Facts, job: Job) -> None:
+    """Raise UserError unless ``job`` stands on the weights that the run began with."""
+    then, here = facts.values["model"]["sha256"], job.loaded.digest
+    if then != here:
+        raise UserError(f"the base model has changed since the run began ({then[:12]} became {here[:12]}); restore it")
+
+
+def require_same_run(facts: Facts, job: Job) -> None:
+    """Raise UserError where the rest of the run would be one of other documents or of another precision."""
+    for side, part in (("train", job.train), ("evaluation", job.evaluation)):
+        then, here = facts.values["data"][side], asdict(part.report)
+        if then["digest"] != here["digest"]:
+            raise UserError(f"the {side} data has changed since the run began; restore it, or start a new run")
+        if any(then.get(key) != here[key] for key in ("template", "tokens", "targets", "document_digest")):
+            raise UserError(
+                f"the {side} data has other tokens than when the run began; restore the tokenizer and its chat "
+                "template, or start a new run if they print what changes, such as the date"
+            )
+    then, here = facts.values["model"]["precision"], model_facts(job)["precision"]
+    if then != here:
+        name = {"float32": "fp32", "bfloat16": "bf16"}.get(then, then)
+        raise UserError(
+            f"the run began in {then} and would go on in {here}; write model.precision: {name} into "
+            f"{facts.file.with_name('recipe.yaml')}"
+        )
+
+
+def moved(facts: Facts, job: Job) -> list[str]:
+    """What has changed since the run began of all that decides the last digits of a sum."""
+    then, here = facts.values["environment"], environment(job)
+    names = ("device", "cpu", "threads", "torch")
+    return [f"{name} was {then.get(name)} and is {here[name]}" for name in names if then.get(name) != here[name]]

@@ -23,6 +23,7 @@ Place = Callable[[int], str]
 """Line, counted from 1 -> how the user finds it."""
 
 MOST_NESTED = 20
+_LONG_KEY = re.compile(r"(?<![\w\"'-])(?:[\w\"'-]+[ \t]*\.[ \t]*){40}")
 
 
 def read_yaml(text: str, place: Place) -> tuple[dict[str, Any], dict[KeyPath, str]]:
@@ -38,6 +39,8 @@ def read_yaml(text: str, place: Place) -> tuple[dict[str, Any], dict[KeyPath, st
 
 def read_toml(text: str, place: Place) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """As ``read_yaml``. The parser keeps no lines, so they are searched for afterwards."""
+    if long := _LONG_KEY.search(text):  # the parser takes quadratic time for it
+        _refuse(place(text.count("\n", 0, long.start()) + 1), "a key is nested too deeply; write section.key")
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -45,6 +48,8 @@ def read_toml(text: str, place: Place) -> tuple[dict[str, Any], dict[KeyPath, st
         _refuse(place(int(line[1]) if line else text.count("\n") + 1), f"{error}; mend this line of TOML")
     except RecursionError:
         _refuse(place(1), "values are nested too deeply; a recipe is sections of keys")
+    except ValueError:  # of Python's int
+        _refuse(place(1), "a number has thousands of digits; write a smaller one")
     places: dict[KeyPath, str] = {}
     section: KeyPath = ()
     for number, line_text in enumerate(text.splitlines(), start=1):
@@ -73,6 +78,15 @@ def read_value(text: str, place: Place) -> Any:
     return _scalar(_Loader("").resolve(yaml.ScalarNode, text, (True, False)), text)
 
 
+def half_a_character(text: str) -> bool:
+    """Whether ``text`` holds half of a surrogate pair, which no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def write_yaml(values: dict[str, Any]) -> str:
     """Text that ``read_yaml`` reads back as the same values (tuples as lists)."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -95,6 +109,8 @@ class _Loader(yaml.SafeLoader):
         self.nested += 1
         node = super().compose_node(parent, index)
         self.nested -= 1
+        if isinstance(node, yaml.ScalarNode) and half_a_character(node.value):
+            raise ComposerError(None, None, "half of a surrogate pair is no text", event.start_mark)
         return node
 
 

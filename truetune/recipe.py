@@ -162,6 +162,25 @@ class Recipe(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Recipe:
+        adapter, held_out = self.adapter.model_fields_set, self.evaluation.model_fields_set
+        if self.adapter.method == "full" and (idle := sorted(adapter - {"method"})):
+            raise _conflict(
+                f"adapter.{idle[0]} means nothing with adapter.method=full, which trains every weight; remove it, or "
+                "drop the section with adapter=none before adapter.method=full",
+                "adapter.method",
+                *(f"adapter.{k}" for k in idle),
+            )
+        other = next((k for k in ("source", "split") if getattr(self.evaluation, k) is not None), None)
+        if other and "fraction" in held_out:
+            raise _conflict(
+                f"evaluation.fraction means nothing with evaluation.{other}, which says what is held out; keep one",
+                "evaluation.fraction",
+                f"evaluation.{other}",
+            )
+        return self
+
 
 def _conflict(sentence: str, *keys: str) -> PydanticCustomError:
     """Keys that do not go together; ``keys`` lets the spelling say where they are written."""

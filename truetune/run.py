@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -17,25 +16,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import AutoTokenizer
-
+import truetune
 from truetune import report as pages
 from truetune import spelling
-from truetune.assembly import Job, assemble, pick_device, pick_dtype
+from truetune.assembly import Job, assemble, pick_device, pick_dtype, require_space
+from truetune.data.template import bounded, render
 from truetune.errors import UserError
-from truetune.facts import Facts, now
+from truetune.facts import Facts, moved, now, require_same_base, require_same_run
+from truetune.models.adapter import base_of, with_adapter
 from truetune.models.export import Export, export_adapter, export_merged
 from truetune.models.generate import answer
-from truetune.models.load import load, quiet
+from truetune.models.load import load
 from truetune.recipe import Recipe
 from truetune.training.checkpoint import atomic_folder
 from truetune.training.gradient import NonFinite
-from truetune.training.record import Alarm, Checks, Record, Samples, Step
+from truetune.training.patience import Interrupted, ended_by_signals, patiently, write_text
+from truetune.training.record import BEST_LOST, Alarm, Checks, Record, Samples, Step
 from truetune.training.sinks import Console, JsonLines, Sink, TensorBoard
 from truetune.training.trainer import Trainer
 from truetune.training.watch import watch
@@ -44,46 +46,52 @@ PROBE = 4
 """Documents whose logits an export is compared on."""
 
 
-class Interrupted(UserError):
-    """The run stopped at a step boundary, saved; the message says how to go on."""
-
-
-def train(recipe: Recipe, *, resume: Path | None = None, dry_run: bool = False, quiet: bool = False) -> Path:
+def train(
+    recipe: Recipe,
+    *,
+    resume: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+    command: str | None = None,
+) -> Path:
     """Run the recipe; the run folder, with everything that came of it.
 
     resume: a run folder whose newest intact checkpoint is taken up, with ``recipe`` being its own.
-    dry_run: stop after the checks. Raises UserError for what the user can mend, Interrupted after a signal.
+    dry_run: stop after the checks. command: what was typed, for the report; sys.argv may be another program's, and
+    hold its secrets.
+    Raises UserError for what the user can mend, Interrupted after a signal.
     """
     if resume and dry_run:
         raise UserError(f"a resumed run is checked in any case; leave out --dry-run to go on with {resume}")
     folder = Path(resume) if resume else new_folder(recipe)
     facts = _facts_of(folder) if resume else None
     job = assemble(recipe, folder)
-    _require_space(job, folder)
+    require_space(job, folder)
     trainer = job.trainer
     if trainer.model.route.reason and not quiet:
         print(f"slow       documents run one at a time; packed they would not be apart ({trainer.model.route.reason})")
-    if facts:
-        _resume(job, facts)
-    else:
-        _create(folder)
-        spelling.write(anchored(recipe), folder / "recipe.yaml")
-        facts = Facts.start(folder, job, f"truetune {' '.join(sys.argv[1:])}")
-        _write_rows(job, folder)
-    try:
-        _run(job, folder, facts, dry_run, quiet)
-    except Interrupted:
-        raise
-    except OSError as error:
-        _fail(folder, facts)
-        raise UserError(
-            f"{error.filename or folder}: {error.strerror or error}; what was saved is intact, so mend the cause, "
-            f"then: {_resume_command(folder)}"
-        ) from error
-    except BaseException:
-        _fail(folder, facts)
-        raise
+    with _refusals_explained(folder):
+        if facts:
+            _resume(job, facts)
+        else:
+            facts = _begin(job, folder, command)
+        try:
+            _run(job, folder, facts, dry_run, quiet)
+        except Interrupted as stop:
+            _leave(folder, facts, status="interrupted")
+            raise Interrupted(f"{stop}; {_way_on(folder)}") from None
+        except BaseException:
+            _leave(folder, facts, status="failed", finished=now())
+            raise
     return folder
+
+
+def _begin(job: Job, folder: Path, command: str | None) -> Facts:
+    _create(folder)
+    patiently(lambda: spelling.write(anchored(job.recipe), folder / "recipe.yaml"), folder)
+    facts = Facts.start(folder, job, command)
+    patiently(lambda: _write_rows(job, folder), folder / "data")
+    return facts
 
 
 def _run(job: Job, folder: Path, facts: Facts, dry_run: bool, quiet: bool) -> None:
@@ -94,7 +102,7 @@ def _run(job: Job, folder: Path, facts: Facts, dry_run: bool, quiet: bool) -> No
             _feed(trainer.check(), sinks, facts)
             facts.write(status="dry run", finished=now())
             plan = f"{len(trainer.stream):,} steps over {trainer.stream.tokens:,} tokens"
-            print(f"dry run    nothing was trained; the plan is {plan}\nreport     {pages.write(folder)}")
+            print(f"dry run    nothing was trained; the plan is {plan}\nreport     {_write_page(folder)}")
             return
         with _stopping_at_signals(trainer):
             _feed(watch(trainer.steps(), void=bool(facts.values["void"])), sinks, facts)
@@ -102,21 +110,36 @@ def _run(job: Job, folder: Path, facts: Facts, dry_run: bool, quiet: bool) -> No
         for sink in sinks:
             sink.close()
     if trainer.step < len(trainer.stream):
-        facts.write(status="interrupted")
-        pages.write(folder)
-        raise Interrupted(f"stopped after step {trainer.step}; go on with: {_resume_command(folder)}")
-    _finish(job, folder, facts)
+        raise Interrupted(f"stopped after step {trainer.step}")
+    with ended_by_signals("stopped before everything was exported"):
+        _finish(job, folder, facts, quiet)
 
 
-def _fail(folder: Path, facts: Facts) -> None:
-    """Say in the folder that the run failed, as far as the disk allows."""
+def _leave(folder: Path, facts: Facts, **changes: Any) -> None:
+    """Say in the folder how the run ended, as far as the disk allows."""
+    facts.values |= changes
     with suppress(OSError):
-        facts.write(status="failed", finished=now())
+        facts.save()
         pages.write(folder)
 
 
-def _resume_command(folder: Path) -> str:
-    return f"truetune train --resume {shlex.quote(str(folder))}"
+@contextmanager
+def _refusals_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fault = f"{error.filename or folder}: {error.strerror or error}"
+        raise UserError(f"{fault}; what was saved is intact, so mend the cause; {_way_on(folder)}") from error
+
+
+def _write_page(folder: Path) -> Path:
+    return patiently(lambda: pages.write(folder), folder / "report.html")
+
+
+def _way_on(folder: Path) -> str:
+    if not any(folder.glob("checkpoints/step-*")):
+        return "no step was saved yet, so start the run again"
+    return f"go on with: truetune train --resume {shlex.quote(str(folder))}"
 
 
 def anchored(recipe: Recipe) -> Recipe:
@@ -139,7 +162,7 @@ def new_folder(recipe: Recipe) -> Path:
     if recipe.output.folder:
         folder = Path(recipe.output.folder).expanduser()
         status = _facts_of(folder).values["status"] if (folder / "run.json").is_file() else None
-        unused = status in ("dry run", "failed") and not any(folder.glob("checkpoints/step-*"))
+        unused = status in ("dry run", "failed", "interrupted") and not any(folder.glob("checkpoints/step-*"))
         if not unused and not _is_free(folder):
             raise UserError(f"{folder} already holds something; name another output.folder, or use --resume")
         return folder
@@ -159,42 +182,22 @@ def _create(folder: Path) -> None:
         raise UserError(f"can't create {folder} ({error.strerror}); name another output.folder") from error
 
 
-def _require_space(job: Job, folder: Path) -> None:
-    """The whole plan's need of disk, before anything is computed."""
-    model, recipe = job.trainer.model, job.recipe
-    trained = sum(p.numel() * 4 for p in model.trainable().values())
-    whole = sum(p.numel() * 4 for p in model.parameters())
-    need = 3 * trained * (recipe.checkpoint.keep + 2) + trained + (whole if recipe.output.merged else 0)
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if free < need:
-        raise UserError(
-            f"the run may need {need / 1e9:.1f} GB at {place} and {free / 1e9:.1f} GB are free; free some space, "
-            "lower checkpoint.keep, or name another output.folder"
-        )
-
-
 def _resume(job: Job, facts: Facts) -> None:
     trainer = job.trainer
     assert trainer.checkpoints
-    _require_same_base(job, facts)
-    for side, part in (("train", job.train), ("evaluation", job.evaluation)):
-        then, here = facts.values["data"][side], asdict(part.report)
-        if then["digest"] != here["digest"]:
-            raise UserError(f"the {side} data has changed since the run began; restore it, or start a new run")
-        if any(then[key] != here[key] for key in ("template", "tokens", "targets")):
-            raise UserError(f"the {side} data has other tokens than when the run began; restore the tokenizer")
+    require_same_base(facts, job)
+    require_same_run(facts, job)
     step, refused = trainer.checkpoints.newest()
+    _tell(refused)
+    for change in moved(facts, job):
+        print(f"note: {change}; the last digits may differ", file=sys.stderr)
+    trainer.resume(step)
+    facts.write(status="running", finished=None, truetune=truetune.__version__)
+
+
+def _tell(refused: Sequence[str]) -> None:
     for reason in refused:
         print(f"passed over: {reason}", file=sys.stderr)
-    trainer.resume(step)
-    facts.write(status="running", finished=None)
-
-
-def _require_same_base(job: Job, facts: Facts) -> None:
-    then, here = facts.values["model"]["sha256"], job.loaded.digest
-    if then != here:
-        raise UserError(f"the base model has changed since the run began ({then[:12]} became {here[:12]}); restore it")
 
 
 def _write_rows(job: Job, folder: Path) -> None:
@@ -207,7 +210,7 @@ def _write_rows(job: Job, folder: Path) -> None:
         ("first_step", job.train.used(first)),
     ):
         lines = [json.dumps(row, default=str) for row in rows]
-        (target / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(target / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
 def _sinks(recipe: Recipe, folder: Path, trainer: Trainer, quiet: bool) -> list[Sink]:
@@ -250,19 +253,29 @@ def _void(facts: Facts, reason: str) -> None:
 
 def _result(facts: Facts) -> dict[str, Any]:
     """What came of the run, by the records in its file: one that was resumed has dropped what it repeats."""
-    lines = (facts.file.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    steps, evaluations = ([r for r in records if r["kind"] == kind] for kind in ("step", "evaluation"))
+    before = last = best = None
     keeps_best = facts.values["recipe"]["checkpoint"]["keep_best"]
-    of_the_end = [e for e in evaluations if e["step"] and (e["best"] or not keeps_best)]
-    totals = {key: sum(s[key] for s in steps) for key in ("tokens", "targets", "seconds")}
+    steps, memory = 0, 0
+    totals: dict[str, float] = dict.fromkeys(("tokens", "targets", "seconds"), 0)
+    with (facts.file.parent / "metrics.jsonl").open(encoding="utf-8") as lines:
+        for record in map(json.loads, lines):  # one at a time: a long run has more than should be held at once
+            match record["kind"]:
+                case "step":
+                    steps, memory = record["step"], max(memory, record["memory"])
+                    totals = {key: total + record[key] for key, total in totals.items()}
+                case "evaluation" if record["step"]:
+                    last, best = record, record if record["best"] else best
+                case "evaluation":
+                    before = before or record
+                case "alarm":
+                    keeps_best &= record["name"] != BEST_LOST
     quoted = totals["seconds"] and not facts.values["void"]
     return {
-        "before": next((e for e in evaluations if e["step"] == 0), None),
-        "after": of_the_end[-1] if of_the_end else None,
-        "steps": steps[-1]["step"] if steps else 0,
+        "before": before,
+        "after": best if keeps_best else last,
+        "steps": steps,
         **totals,
-        "peak_memory": max((s["memory"] for s in steps), default=0),
+        "peak_memory": memory,
         "tokens_per_second": totals["tokens"] / totals["seconds"] if quoted else None,
         "targets_per_second": totals["targets"] / totals["seconds"] if quoted else None,
     }
@@ -290,20 +303,24 @@ def _stopping_at_signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _finish(job: Job, folder: Path, facts: Facts) -> None:
+def _finish(job: Job, folder: Path, facts: Facts, quiet: bool) -> None:
     """Export, read back, report, and say what can be done next."""
     kinds = ["adapter"] if facts.values["model"]["adapter"] else ["model"]
     if job.recipe.output.merged and kinds == ["adapter"]:
         kinds.append("merged")
-    exports = [_export(job, kind, folder, folder / kind, facts) for kind in kinds]
+    exports = [patiently(partial(_export, job, kind, folder, folder / kind, facts), folder / kind) for kind in kinds]
     facts.write(status="finished", finished=now(), next=_next_commands(folder, kinds))
-    page = pages.write(folder)
-    pages.card(folder, folder)
-    _print_end(folder, page, exports, facts)
+    page = _write_page(folder)
+    patiently(lambda: pages.card(folder, folder), folder / "README.md")
+    if not quiet:
+        _print_end(folder, page, exports, facts)
 
 
-def _export(job: Job, kind: str, folder: Path, target: Path, facts: Facts) -> Export:
-    """Write ``kind`` to ``target`` with its card. Raises UserError, leaving nothing, if it reads back wrong."""
+def _export(job: Job, kind: str, folder: Path, target: Path, facts: Facts, note: str | None = None) -> Export:
+    """Write ``kind`` to ``target`` with its card, which warns of ``note``.
+
+    Raises UserError, leaving nothing, if it reads back wrong.
+    """
     write = export_adapter if kind == "adapter" else export_merged
     probe = [d.tokens[:128].tolist() for d in job.evaluation.documents[:PROBE]]
     with atomic_folder(target) as scratch:
@@ -312,7 +329,7 @@ def _export(job: Job, kind: str, folder: Path, target: Path, facts: Facts) -> Ex
         figures = {
             k: v if math.isfinite(v) else None for k, v in (("difference", export.difference), ("bound", export.bound))
         }
-        facts.write(exports=[*others, asdict(export) | figures | {"passed": export.passed}])
+        facts.write(exports=[*others, asdict(export) | figures | {"passed": export.passed, "note": note}])
         if not export.passed:
             raise UserError(
                 f"the {kind} reads back with logits that differ by {export.difference:.2e}, above the bound "
@@ -345,25 +362,23 @@ def generate(path: Path, prompts: Iterable[str], max_tokens: int) -> Iterator[st
     whole = next((path / k for k in ("merged", "model") if (path / k).is_dir()), None)
     base = str(whole or path)
     adapted = whole is None and (adapter / "adapter_config.json").is_file()
+    revision = None
+    if (path / "run.json").is_file():
+        _facts_of(path)
+        if whole is None and not adapted:
+            raise UserError(f"{path} has no exported model yet; finish the run, or: truetune export {path}")
     if adapted:
-        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    elif whole is None and (path / "run.json").is_file():
-        raise UserError(f"{path} has no exported model yet; finish the run, or: truetune export {path}")
-    loaded = load(base, dtype=pick_dtype("auto", pick_device("auto")))
+        base, revision = base_of(adapter)
+    loaded = load(base, dtype=pick_dtype("auto", pick_device("auto")), revision=revision)
     model: Any = loaded.model
     tokenizer = loaded.tokenizer
     if adapted:
-        from peft import PeftModel
-
-        with quiet():
-            model = PeftModel.from_pretrained(model, adapter)
-        tokenizer = AutoTokenizer.from_pretrained(adapter)  # its chat template is the one that was trained
+        model, tokenizer = with_adapter(loaded, adapter)
     model.to(pick_device("auto")).eval()
     for prompt in prompts:
         if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
+            asked = [{"role": "user", "content": prompt}]
+            text = bounded("the prompt", partial(render, tokenizer, asked, "the prompt", prompt=True))
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = tokenizer(prompt)["input_ids"]
@@ -377,15 +392,18 @@ def export(folder: Path, kind: str, to: Path | None = None) -> Path:
     if to and not _is_free(to):
         raise UserError(f"{to} already holds something; name another folder with --to")
     job = assemble(spelling.read(str(folder / "recipe.yaml")), folder)
-    _require_same_base(job, facts)
+    require_same_base(facts, job)
     checkpoints = job.trainer.checkpoints
     assert checkpoints
-    step, _ = checkpoints.newest()
+    step, refused = checkpoints.newest()
+    _tell(refused)
     job.trainer.resume(step)
-    if job.trainer.best and job.trainer.keep_best:
-        job.trainer.resume(job.trainer.best.step)
+    if lost := job.trainer.take_best():
+        print(lost, file=sys.stderr)
     kind = kind if facts.values["model"]["adapter"] else "model"
-    done = _export(job, kind, folder, to or folder / kind, facts)
+    target = to or folder / kind
+    with _refusals_explained(folder), ended_by_signals(f"stopped before {target} was complete"):
+        done = patiently(partial(_export, job, kind, folder, target, facts, lost), target)
     print(f"{done.path}  (logits read back within {done.difference:.1e}, bound {done.bound:.1e})")
     return Path(done.path)
 
@@ -393,7 +411,8 @@ def export(folder: Path, kind: str, to: Path | None = None) -> Path:
 def report(folder: Path) -> Path:
     """Make the report of a run again."""
     _facts_of(folder)
-    return pages.write(folder)
+    with _refusals_explained(folder):
+        return _write_page(folder)
 
 
 def _facts_of(folder: Path) -> Facts:

@@ -17,12 +17,13 @@ from pydantic import ValidationError
 
 from truetune import registry
 from truetune.errors import UserError
-from truetune.notation import KeyPath, read_toml, read_value, read_yaml, write_yaml
+from truetune.notation import MOST_NESTED, KeyPath, half_a_character, read_toml, read_value, read_yaml, write_yaml
 from truetune.recipe import VERSION, Named, Part, Recipe
+from truetune.training.patience import write_text
 
 READY = Path(__file__).parent / "recipes"
 SUFFIXES = (".yaml", ".yml", ".toml")
-MOST_BYTES = 1 << 20
+MOST_BYTES = 1 << 17
 
 SECTIONS: dict[str, type[Part]] = {
     name: info.annotation
@@ -46,7 +47,7 @@ def read(path_or_name: str | None, overrides: Sequence[str] = ()) -> Recipe:
 def write(recipe: Recipe, path: Path) -> None:
     """Write as YAML what differs from the defaults, and the version; ``read`` gives back an equal recipe."""
     text = write_yaml({"version": VERSION, **recipe.model_dump(exclude_defaults=True)})
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_text(path, text)
 
 
 class Described(NamedTuple):
@@ -123,6 +124,10 @@ class _Spelled:
         path = tuple(key.split("."))
         if not equals or not all(path):
             raise UserError(f'command line: "{text}" is not key=value; write for example train.steps=100')
+        if len(path) > MOST_NESTED:
+            raise UserError(f"command line: {key} is nested too deeply; write section.key=value")
+        if half_a_character(text):
+            raise UserError(f"command line: {text} is not UTF-8; mend the encoding of the terminal")
         place = f"command line: {text}"
         if not value:
             raise UserError(f"{place} has no value; write {key}=none if none is meant")
@@ -133,7 +138,8 @@ class _Spelled:
                 section[part] = {}
             section = section[part]
         section[path[-1]] = read_value(value, lambda _: place)
-        self.places.pop(path, None)  # what is written last also stands last
+        for replaced in [p for p in self.places if p[: len(path)] == path]:
+            del self.places[replaced]  # what is written last also stands last
         self.places[path] = place
 
 
@@ -175,14 +181,13 @@ def _locate(path_or_name: str) -> Path:
 
 def _read_file(path: Path) -> _Spelled:
     try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, more than any recipe; check the path")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{path} has {len(data)} bytes, more than any recipe; check the path")
     read_text = read_toml if path.suffix == ".toml" else read_yaml
     return _Spelled(str(path), *read_text(text, lambda line: f"{path}:{line}"))
 

@@ -224,3 +224,11 @@ def test_what_was_tampered_with_is_seen(
     tamper(folder)
     assert VERIFY(folder) == 1
     assert re.search(says, capsys.readouterr().out)
+
+
+def test_a_run_of_one_step_ends_well(my_model: Path, my_data: Path, tmp_path: Path) -> None:
+    """LoRA's A has no gradient before B has moved, so it stands still for good reason."""
+    result = invoke("train", *keys(my_model, my_data, tmp_path / "run", "train.steps=1"))
+    assert result.exit_code == 0, result.output
+    moved = next(v for v in facts(tmp_path / "run")["verdicts"] if v["name"] == "every trained tensor moved")
+    assert moved["figure"] == "14 of 14"

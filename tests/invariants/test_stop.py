@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from folders import at_record, chats, facts, invoke, keys, records, same_file, step_is, write_rows
+from faults import assert_same_end
+from folders import at_record, chats, facts, invoke, keys, step_is, write_rows
 from safetensors.torch import load_file, save_file
 
 from truetune.training.checkpoint import Checkpoints
@@ -47,25 +48,6 @@ def stopped(stopped_once: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     recipe.write_text(recipe.read_text().replace(str(stopped_once.place), str(place)))
     monkeypatch.chdir(place)
     return stopped_once._replace(place=place)
-
-
-def assert_same_end(folder: Path, straight: Path) -> None:
-    """The run ended as the one that nothing disturbed, bit for bit, with every step on record once."""
-    assert facts(folder)["status"] == "finished"
-    for file in ("adapter/adapter_model.safetensors", "checkpoints/step-00000008/optimizer.safetensors",
-                 "checkpoints/step-00000008/weights.safetensors", "merged/model.safetensors"):  # fmt: skip
-        assert same_file(folder / file, straight / file), file
-    figures = ("step", "loss", "rate", "gradient_norm", "tokens", "targets", "documents")
-    mine, other = ([[r[k] for k in figures] for r in records(f) if r["kind"] == "step"] for f in (folder, straight))
-    assert mine == other
-    evaluations = [
-        [(r["step"], r["loss"], r["best"]) for r in records(f) if r["kind"] == "evaluation"] for f in (folder, straight)
-    ]
-    assert evaluations[0] == evaluations[1]
-    mine, other = facts(folder)["result"], facts(straight)["result"]
-    assert all(mine[name] == other[name] for name in ("steps", "tokens", "targets"))
-    assert all(mine[name]["loss"] == other[name]["loss"] for name in ("before", "after"))
-    assert mine["seconds"] == pytest.approx(sum(r["seconds"] for r in records(folder) if r["kind"] == "step"))
 
 
 @pytest.mark.parametrize(

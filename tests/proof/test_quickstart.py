@@ -7,43 +7,21 @@ belongs to which question: what it gains is style and length, what the real run 
 
 from __future__ import annotations
 
-import os
 import random
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from folders import facts, records, write_rows
 
 from truetune import run, spelling
 from truetune.data import sources
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.usefixtures("all_cores")]
 
 ROOT = Path(__file__).parents[2]
 LEAST_GAIN = 0.18
 MOST_OF_CONTROL = 0.8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_cores() -> Iterator[None]:
-    """The other tests use one thread; this model is large enough for all."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model() -> str:
-    """The path of the quick start's model, as the Makefile keeps it."""
-    place = ROOT / ".cache" / "model"
-    path = place.read_text().strip() if place.is_file() else ""
-    if not path or not Path(path).exists():
-        pytest.fail(f"the quick start's model is not there; fetch it with: make {place.relative_to(ROOT)}")
-    return path
 
 
 def gain(folder: Path) -> float:
@@ -53,9 +31,9 @@ def gain(folder: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def real(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def real(small_model: str, all_cores: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart") / "real"
-    return run.train(spelling.read("quickstart", [f"model.path={model}", f"output.folder={folder}"]))
+    return run.train(spelling.read("quickstart", [f"model.path={small_model}", f"output.folder={folder}"]))
 
 
 def test_the_quick_start_learns_and_a_stranger_agrees(real: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +51,7 @@ def test_the_quick_start_learns_and_a_stranger_agrees(real: Path, capsys: pytest
 
 
 def test_shuffled_answers_teach_clearly_less(
-    real: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    real: Path, small_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = sources.load("python-docs", "train").rows
     order = random.Random(0).sample(range(len(rows)), len(rows))
@@ -82,7 +60,7 @@ def test_shuffled_answers_teach_clearly_less(
         shuffled[here] = {"messages": [rows[here]["messages"][0], rows[there]["messages"][1]]}
     data = write_rows(tmp_path / "shuffled.jsonl", shuffled)
     keys = [
-        f"model.path={model}",
+        f"model.path={small_model}",
         f"data.source={data}",
         "evaluation.source=python-docs",
         "evaluation.split=test",

@@ -38,7 +38,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     asked: list[tuple[Any, ...]] = []
     run = ModuleType("truetune.run")
 
-    def train(recipe, *, resume=None, dry_run=False):
+    def train(recipe, *, resume=None, dry_run=False, command=None):
+        assert command.startswith("truetune train")
         asked.append(("train", recipe, resume, dry_run))
 
     def generate(path, prompts, max_tokens):

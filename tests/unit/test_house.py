@@ -84,14 +84,16 @@ def _runs_code(node: ast.AST) -> str | None:
     if isinstance(node, ast.Import | ast.ImportFrom):
         modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
         found = {module.partition(".")[0] for module in modules} & PICKLES
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            found |= {"torch.load" for alias in node.names if alias.name == "load"}
         return f"import of {found.pop()}" if found else None
     if not isinstance(node, ast.Call):
         return None
     function = ast.unparse(node.func)
-    if function in {"eval", "exec", "builtins.eval", "builtins.exec", "torch.load"}:
+    if function.removeprefix("builtins.") in {"eval", "exec", "compile", "__import__", "torch.load", "os.system"}:
         return f"call of {function}"
     given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
-    for option in ("trust_remote_code", "allow_pickle"):
+    for option in ("trust_remote_code", "allow_pickle", "shell"):
         if given.get(option) is True:
             return f"{option}=True"
     return None
@@ -116,6 +118,10 @@ def test_no_error_is_swallowed_and_no_foreign_code_is_run() -> None:
         "exec(text)",
         "import pickle",
         "from joblib import load",
+        "from torch import nn, load",
+        "__import__('pickle')",
+        "os.system('ls')",
+        "subprocess.run(text, shell=True)",
         "torch.load(file)",
         "load(path, trust_remote_code=True)",
         "np.load(path, allow_pickle=True)",

@@ -314,6 +314,17 @@ WRITTEN_ALWAYS = {
     "data": {"source": text},
     "schedule": {"name": st.just("own_shapes:shape")},
 }
+
+
+def without_conflicts(values: dict[str, Any]) -> dict[str, Any]:
+    """The values less those that mean nothing beside others, and are refused."""
+    if values["adapter"].get("method") == "full":
+        values["adapter"] = {"method": "full"}
+    if values["evaluation"].get("source") is not None:
+        values["evaluation"].pop("fraction", None)
+    return {**values, "train": {**values["train"], "tokens_per_micro_batch": 4096}}
+
+
 recipes = st.fixed_dictionaries(
     {
         name: st.fixed_dictionaries(
@@ -322,7 +333,7 @@ recipes = st.fixed_dictionaries(
         )
         for name, keys in SECTIONS.items()
     }
-).map(lambda values: Recipe.model_validate({**values, "train": {**values["train"], "tokens_per_micro_batch": 4096}}))
+).map(lambda values: Recipe.model_validate(without_conflicts(values)))
 
 
 @settings(max_examples=150, deadline=None)

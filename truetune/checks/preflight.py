@@ -45,7 +45,7 @@ class Preflight:
         documents = probe_documents(trainer)
         verdicts = [trainable(trainer.model), targets(documents), stops(trainer.documents, self.stop_ids)]
         if all(v.passed for v in verdicts):
-            with _restored(trainer):
+            with restored(trainer):
                 verdicts += moved(trainer, documents)
                 verdicts.append(parity(trainer.model, trainer, documents))
                 verdicts += neighbours(trainer.model, trainer, documents)
@@ -111,7 +111,7 @@ def stops(documents: Sequence[Document], stop_ids: frozenset[int]) -> Verdict:
 
 
 @contextmanager
-def _restored(trainer: Trainer) -> Iterator[None]:
+def restored(trainer: Trainer) -> Iterator[None]:
     """Put weights, gradients, optimizer state, random state and mode back, whatever happens inside."""
     model, optimizer = trainer.model, trainer.optimizer
     weights = {n: p.detach().clone() for n, p in model.trainable().items()}
@@ -225,7 +225,7 @@ def neighbours(model: CausalLM, trainer: Trainer, documents: Sequence[Document])
     for pack in ([mine, stranger], [short, mine], [stranger, mine, short]):
         got, g = _mine(model, trainer, pack)
         worst_loss = max(worst_loss, abs(got - loss) / max(abs(loss), 1e-9))
-        worst_gradient = max(worst_gradient, _distance(g, gradient))
+        worst_gradient = max(worst_gradient, distance(g, gradient))
     advice = "documents leak into each other; please report the model's config"
     return [
         Verdict(
@@ -249,7 +249,7 @@ def _mine(model: CausalLM, trainer: Trainer, pack: Sequence[Document]) -> tuple[
     return loss, [None if p.grad is None else p.grad.clone() for p in model.trainable().values()]
 
 
-def _distance(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
+def distance(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
     """Relative L2 distance of two gradients."""
     off = sum(
         float((x - y).double().square().sum()) for x, y in zip(a, b, strict=True) if x is not None and y is not None

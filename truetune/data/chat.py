@@ -22,13 +22,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import jinja2
 import numpy as np
 
+from truetune.data import template
 from truetune.data.batch import Document
-from truetune.data.formats import ROLES, Conversation, Example, Text, refuse
+from truetune.data.formats import ROLES, Conversation, Example, Text, place, refuse
 from truetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ class Renderer:
                 f"the tokenizer {type(tokenizer).__name__} does not say which characters its tokens stand "
                 "for; use the model's fast tokenizer (tokenizer.json)"
             )
+        if (largest := max(tokenizer.get_vocab().values(), default=0)) > np.iinfo(np.int32).max:
+            raise UserError(
+                f"the tokenizer numbers a token {largest:,}, beyond any model; get an intact tokenizer.json"
+            )
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.max_length = max_length
@@ -97,7 +102,7 @@ class Renderer:
                 self.template = tokenizer.get_chat_template()
             except ValueError as fault:  # several, and none is called default
                 raise UserError(f"no chat template to use: {fault}; name one of them default") from fault
-        self.template_digest = hashlib.sha256(self.template.encode()).hexdigest()
+        self.template_digest = hashlib.sha256(self.template.encode("utf-8", "surrogatepass")).hexdigest()
 
     def as_chat(self, example: Example) -> Conversation | None:
         """The conversation that the example is rendered as; None if it is bare text from BOS to EOS."""
@@ -119,8 +124,7 @@ class Renderer:
         return self._conversation(chat, row) if chat else self._text(cast(Text, example), row)
 
     def _conversation(self, chat: Conversation, row: int) -> Rendered:
-        text = self._render(chat.messages, row)
-        answers = self._answers(chat, text, row)
+        text, answers = template.bounded(place(row), partial(self._text_and_answers, chat, row))
         ids, offsets = self._tokenize(text)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
@@ -165,15 +169,12 @@ class Renderer:
         document = Document(np.array(ids[:limit], dtype=np.int32), kept, row, complete)
         return Rendered(document, None, len(ids), cut, _tally(kinds[:limit]), _tally(kinds[:limit][kept]))
 
+    def _text_and_answers(self, chat: Conversation, row: int) -> tuple[str, list[Span]]:
+        text = self._render(chat.messages, row)
+        return text, self._answers(chat, text, row)
+
     def _render(self, messages: list[Message], row: int, prompt: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as fault:
-            reason = str(fault).strip().rstrip(".") or type(fault).__name__
-            refuse(row, f"the chat template refuses it: {reason}", "change or remove the row")
-        return cast(str, text)
+        return template.render(self.tokenizer, messages, place(row), self.template, prompt)
 
     def _answers(self, chat: Conversation, text: str, row: int) -> list[Span]:
         """Where each answer, with what ends its turn, stands in the full rendering."""

@@ -29,6 +29,8 @@ class DataReport:
     targets_cut: targets lost to that, those of dropped rows among them. Every other target is in
                  ``targets``: the rows held ``targets + targets_cut``.
     dropped:     rows by the reason why they are no document.
+    empty:       answers of the documents without a visible character, of which only the end is learned.
+    document_digest: SHA-256 of the documents' tokens and targets.
     """
 
     source: str
@@ -48,6 +50,8 @@ class DataReport:
     longest: int
     tokens_by_role: dict[str, int]
     targets_by_role: dict[str, int]
+    empty: int
+    document_digest: str
 
 
 def tokenize(rows: Rows, form: str, renderer: Renderer, cut_limit: float) -> tuple[list[Document], DataReport]:
@@ -88,8 +92,23 @@ def tokenize(rows: Rows, form: str, renderer: Renderer, cut_limit: float) -> tup
         longest=int(lengths.max()),
         tokens_by_role=_total(r.tokens_by_role for r in rendered),
         targets_by_role=_total(r.targets_by_role for r in rendered),
+        empty=sum(
+            not answer.strip()
+            for example, r in zip(examples, rendered, strict=True)
+            if r.document is not None
+            for answer in formats.answers(example)
+        ),
+        document_digest=_digest(documents),
     )
     return documents, report
+
+
+def _digest(documents: Iterable[Document]) -> str:
+    """Of what is trained: a template that prints the date, or another tokenizer, changes it though no row did."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{len(document)}:".encode() + document.tokens.tobytes() + document.targets.tobytes())
+    return digest.hexdigest()
 
 
 def _total(counts: Iterable[Counter[str]]) -> dict[str, int]:

@@ -50,6 +50,13 @@ def question(example: Example) -> str:
     return asked
 
 
+def answers(example: Example) -> list[str]:
+    """What is to be learned, turn by turn."""
+    if isinstance(example, Text):
+        return [example.completion]
+    return [m["content"] for m in example.messages[example.context :] if m["role"] == "assistant"]
+
+
 class Format(NamedTuple):
     columns: tuple[str, ...]
     read: Callable[[Row, int], Example]
@@ -128,9 +135,14 @@ def _shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def place(number: int) -> str:
+    """How a fault names its row."""
+    return f"row {number} (the first is 0)"
+
+
 def refuse(number: int, fault: str, advice: str) -> NoReturn:
     """Raise the UserError of a row: what is wrong with it, and what to do."""
-    raise UserError(f"row {number} (the first is 0): {fault}; {advice}")
+    raise UserError(f"{place(number)}: {fault}; {advice}")
 
 
 FORMATS: dict[str, Format] = {

@@ -134,6 +134,8 @@ def _json_object(line: bytes, where: str) -> Row | None:
         raise UserError(
             f"{where} is not JSON ({fault.msg} at column {fault.colno}); put exactly one JSON object on each line"
         ) from None
+    except (RecursionError, ValueError):
+        raise UserError(f"{where} nests values or writes digits without end; remove this line") from None
     if text and (not isinstance(row, dict) or not row):
         shown = text if len(text) <= 40 else text[:37] + "..."
         raise UserError(f"{where} is no JSON object with columns but {shown}; put one on each line")

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from truetune.errors import UserError
 from truetune.models.adapt import unfused
-from truetune.models.load import Loaded, quiet
+from truetune.models.adapter import note_base
+from truetune.models.load import Loaded, quiet, weights_digest
 from truetune.models.wrap import CausalLM
 
 BOUND = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -47,6 +48,11 @@ def export_adapter(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequenc
     """
     if not isinstance(model.model, PeftModel):
         raise UserError("this run trained no adapter; export the model instead")
+    if weights_digest(loaded.folder) != loaded.digest:
+        raise UserError(
+            f"the base model in {loaded.folder} is gone or has changed since the run began; restore it, then go on "
+            "with --resume"
+        )
     config = model.model.peft_config["default"]
     local = Path(loaded.source).expanduser().exists()
     config.base_model_name_or_path = str(loaded.folder.resolve()) if local else loaded.source
@@ -54,6 +60,7 @@ def export_adapter(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequenc
     config.inference_mode = True
     with quiet():
         model.model.save_pretrained(str(folder))
+    note_base(folder, loaded)
     loaded.tokenizer.save_pretrained(folder)
     _same_tokenizer(loaded, folder)
     got = _read_back(lambda: _with_adapter(loaded, folder), probe)
@@ -85,6 +92,8 @@ def _write_whole(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
     whole = whole.to(dtype)
     whole.config.dtype = dtype
     whole.set_attn_implementation(model.route.published)
+    for earlier in folder.glob("*.safetensors*"):  # of another dtype
+        earlier.unlink()
     with quiet():
         whole.save_pretrained(folder)
 

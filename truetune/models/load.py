@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -19,10 +20,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,6 +33,9 @@ from transformers import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from truetune.errors import UserError
+
+_SHARED_LAYERS = 1000
+"""Layers that may share their tensors with others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +70,13 @@ def load(
     Raises UserError when there is no such model, or when it is no causal language model.
     """
     folder = resolve(path, revision)
-    with quiet(), _explained(path):
+    with quiet(), explained(path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
             raise UserError(f"{path} holds quantised weights, which can't be trained here; name the original model")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("")  # what is wrong with its files may show only in use
+        _require_size(path, folder, config, trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -78,6 +86,7 @@ def load(
             ignore_mismatched_sizes=True,  # reported below, in a sentence
         )
     model, report = loaded
+    _require_plain_names(path, tokenizer)
     if report["mismatched_keys"]:
         name, stored, wanted = min(report["mismatched_keys"])
         raise UserError(
@@ -89,6 +98,8 @@ def load(
             f"{path} lacks {len(lost)} weights that its config asks for ({lost[0]}, ...), which would start at "
             "random; get the complete model"
         )
+    if broken := [n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]:
+        raise UserError(f"{path} has weights that are NaN or infinite ({broken[0]}); get an intact copy of the model")
     model.generation_config.max_length = None
     return Loaded(
         model,
@@ -101,6 +112,30 @@ def load(
         trust_remote_code,
         revision,
     )
+
+
+def _require_plain_names(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for chat templates whose names would not do as names of the files that they are saved in."""
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if wrong := [name for name in named if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise UserError(f"{path} has a chat template of the name {wrong[0]!a}; rename it in tokenizer_config.json")
+
+
+def _require_size(path: str, folder: Path, config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    """Raise UserError where the config asks for far more weights than the files hold, before any takes memory."""
+    held = tensors = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118
+        held, tensors = held + sum(map(math.prod, shapes)), tensors + len(shapes)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > tensors + _SHARED_LAYERS:
+        raise UserError(f"{path} asks for {layers:,} layers, but holds {tensors:,} tensors; correct its config.json")
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    wanted = sum(p.numel() for p in skeleton.parameters())
+    if held and wanted > 2 * held:
+        raise UserError(f"{path} asks for {wanted:,} weights, but holds {held:,}; get weights and config of one model")
 
 
 @torch.no_grad()
@@ -125,6 +160,8 @@ def require_causal(model: PreTrainedModel) -> None:
 def resolve(path: str, revision: str | None = None) -> Path:
     """The local folder that ``path`` stands for: itself, an unpacked GGUF, or a snapshot from the hub."""
     local = Path(path).expanduser()
+    if revision is not None and local.exists():
+        raise UserError(f"model.revision is for the hub, but {path} is on this machine; remove model.revision")
     if local.suffix == ".gguf":
         if not local.is_file():
             raise UserError(f"there is no file {path}; correct model.path")
@@ -135,7 +172,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
         return local
     if local.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"{path} is neither a model folder nor a GGUF file; correct model.path")
-    with _explained(path):
+    with explained(path):
         patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.py"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
 
@@ -143,8 +180,13 @@ def resolve(path: str, revision: str | None = None) -> Path:
 def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> frozenset[int]:
     found: set[int] = set()
     for value in (tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id):
-        if value is not None:
-            found.update([value] if isinstance(value, int) else value)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in ids):
+            raise UserError(
+                f"eos_token_id is {value!r}, but must be a token's number or a list of them; correct config.json and "
+                "generation_config.json"
+            )
+        found.update(ids)
     return frozenset(found)
 
 
@@ -176,11 +218,12 @@ def _unpacked(file: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent))
     try:
-        with quiet(), _explained(str(file)):
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with quiet(), explained(str(file)):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
+                trust_remote_code=False,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
             )
@@ -196,13 +239,18 @@ def _unpacked(file: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
+def explained(path: str) -> Iterator[None]:
     """Turn the library's refusal into one sentence."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # what parsers of damaged files raise is of every kind
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{path} comes with Python code of its own, which is run only with model.trust_remote_code=true; read "
+                "it first, or choose another model"
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         reason = " ".join(lines if lines[0].endswith(":") else lines[:1]).rstrip(".")
         reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", reason)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -31,4 +32,4 @@ def keep_sums_in_fp32(model: PreTrainedModel) -> None:
 
 
 def _in_fp32(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    return output.float()
+    return output.to(torch.promote_types(output.dtype, torch.float32))

@@ -7,6 +7,7 @@ rows.
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from truetune.report import facts
-from truetune.report.folder import Json, Run
+from truetune.report.folder import Json, Run, explained
+from truetune.training.patience import write_text
 
 _MARKS = re.compile(r"[\\`*_\[\]<>|#!~&$@]|(?<=:)//|(?<=www)\.")
 _CHAT = """\
@@ -32,10 +34,9 @@ def card(run_folder: Path, target: Path) -> Path:
     ``target`` is the folder of an adapter or of a whole model, already written; or the run folder itself,
     whose card describes the run's first export. Raises UserError where ``run_folder`` is no run folder.
     """
-    run = Run.read(run_folder)
-    page = target / "README.md"
-    page.write_text(render(run, target), encoding="utf-8")
-    return page
+    with explained(run_folder):
+        text = render(Run.read(run_folder), target)
+    return write_text(target / "README.md", text)
 
 
 def render(run: Run, target: Path) -> str:
@@ -114,7 +115,7 @@ def _what(run: Run, place: Path | None) -> str:
     name = markdown(facts.called(base)) if base else "a base model that is not recorded"
     made = "A LoRA adapter for" if _is_adapter(place) else "A fine-tuned copy of"
     data = f", trained on {markdown(facts.called(source))}" if source else ""
-    return f"{made} {name}{data} with Truetune {run.get('truetune', '')}".rstrip() + "."
+    return f"{made} {name}{data} with Truetune {markdown(run.get('truetune', ''))}".rstrip() + "."
 
 
 def _warnings(run: Run) -> list[str]:
@@ -124,6 +125,7 @@ def _warnings(run: Run) -> list[str]:
         found.append(facts.status(run))
     found += [f"The check “{v['name']}” failed: {v['figure']}." for v in run.failed]
     found += [f"Alarm at step {a['step']:,}: {a['name']}." for a in run.records["alarm"] if a["voids"]]
+    found += [f"The export “{e['kind']}”: {e['note']}." for e in run.get("exports", []) if e.get("note")]
     differing = [export["kind"] for export in run.get("exports", []) if not export["passed"]]
     found += [f"The export “{kind}” does not give the trained model's logits." for kind in differing]
     return found
@@ -144,7 +146,7 @@ def _load(run: Run, place: Path | None, target: Path) -> str:
         [
             *imports,
             "",
-            f'path = "{folder}"  # this folder, or its name on the hub',
+            f"path = {json.dumps(folder, ensure_ascii=False)}  # this folder, or its name on the hub",
             f"model = {name}.from_pretrained(path)",
             "tokenizer = AutoTokenizer.from_pretrained(path)",
             _CHAT if chat else _TEXT,

@@ -7,11 +7,16 @@ Figures come from ``run.json``; where a run never came to write them, from the r
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
+
+from truetune import versions
 from truetune.errors import UserError
 from truetune.training.record import KINDS
 from truetune.training.sinks import clean
@@ -42,6 +47,8 @@ class Run:
             raise UserError(f"{folder} has neither run.json nor metrics.jsonl; give the folder of a run")
         if summary.exists():
             facts = _object(summary.read_text(encoding="utf-8"), str(summary))
+            if facts.get("format") is not None:
+                versions.require(summary, facts["format"], versions.RUN, facts.get("truetune"))
         else:
             gaps.append("This folder has no run.json: model, data and result of the run are not recorded.")
         records: dict[str, list[Json]] = {kind: [] for kind in KINDS}
@@ -52,6 +59,7 @@ class Run:
         for number, line in enumerate(lines, 1):
             where = f"{metrics}:{number}"
             record = _object(line, where)
+            versions.require(where, record.get("format", versions.RECORD), versions.RECORD, facts.get("truetune"))
             if record.get("kind") not in records:
                 raise UserError(f"{where} is no record that this version knows; update truetune")
             records[record["kind"]].append(record)
@@ -129,6 +137,26 @@ class Run:
         return self.get("result.peak_memory", max((s["memory"] for s in self.steps), default=None))
 
 
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Around whatever is made from a ``Run``: facts and records of another shape than runs write become a UserError."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+        UndefinedError,
+    ) as error:
+        raise UserError(
+            f"{folder} has a run.json or metrics.jsonl that no run wrote ({type(error).__name__}: {error}); restore "
+            "them from a copy, or report this if nobody changed them"
+        ) from error
+
+
 def _yaml(recipe: Json | None) -> str:
     import yaml
 
@@ -146,7 +174,7 @@ def _cleaned(value: Any) -> Any:
 def _object(text: str, where: str) -> Json:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}); restore the file from a copy") from error
     if not isinstance(value, dict):
         raise UserError(f"{where} is not a JSON object; restore the file from a copy")

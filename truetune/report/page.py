@@ -13,8 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from truetune.report import facts
-from truetune.report.folder import Json, Run
+from truetune.report.folder import Json, Run, explained
 from truetune.report.plots import Curve, Plot, moving
+from truetune.training.patience import write_text
 from truetune.training.sinks import TARGETS, clean, size
 
 _SAMPLE = 1500
@@ -26,11 +27,9 @@ def write(run_folder: Path) -> Path:
 
     Raises UserError where the folder is no run folder or a file in it is damaged.
     """
-    run = Run.read(run_folder)
-    page = run_folder / "report.html"
-    rewritten = page.with_name(page.name + ".new")
-    rewritten.write_text(render(run), encoding="utf-8")
-    return rewritten.replace(page)
+    with explained(run_folder):
+        text = render(Run.read(run_folder))
+    return write_text(run_folder / "report.html", text)
 
 
 def render(run: Run) -> str:

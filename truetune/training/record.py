@@ -10,6 +10,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from truetune import versions
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -111,13 +113,16 @@ class Alarm:
     voids: bool
 
 
+BEST_LOST = "best weights lost"
+"""Name of the alarm of a run that ends with its last weights, because those of its best evaluation are damaged."""
+
 Record = Checks | Step | Evaluation | Samples | Saved | Alarm
 KINDS: dict[str, type] = {c.kind: c for c in (Checks, Step, Evaluation, Samples, Saved, Alarm)}
 
 
 def as_json(record: Record) -> dict[str, Any]:
     """The record as a JSON object; ``kind`` names its class. JSON has no NaN and no infinity: they become null."""
-    return {"kind": record.kind, **_finite(asdict(record))}
+    return {"kind": record.kind, "format": versions.RECORD, **_finite(asdict(record))}
 
 
 def _finite(value: Any) -> Any:

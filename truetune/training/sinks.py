@@ -7,6 +7,7 @@ without rich's markup, so that no row can drive the terminal. TensorBoard gets t
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterable
@@ -19,7 +20,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from truetune import versions
 from truetune.errors import UserError
+from truetune.training.patience import patiently, write_text
 from truetune.training.record import (
     Alarm,
     Checks,
@@ -85,34 +88,45 @@ def _kept(path: Path, last: int) -> Iterable[str]:
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
+            record = json.loads(line)
+            step, form = record["step"], record.get("format", versions.RECORD)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}:{number} is not a record, so the run cannot be continued in it; move the file away"
             ) from error
+        versions.require(f"{path}:{number}", form, versions.RECORD)
         if step <= last:
             yield line
 
 
 class JsonLines:
-    """``metrics.jsonl``: one ``as_json(record)`` per line, flushed, NaN and infinities as null.
+    """``metrics.jsonl``: one ``as_json(record)`` per line, whole or not there, NaN and infinities as null.
 
     ``resume_at`` is the step of the checkpoint that the run continues from: records of later steps, and a
     last line that a crash cut, are dropped, because those steps will be taken again. Without it the file
     starts anew.
-    Raises UserError where the file to be continued holds something else than records.
+    Waits while the disk is full. Raises UserError where the file to be continued holds something else than records.
     """
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
         lines = [] if resume_at is None else list(_kept(path, resume_at))
-        rewritten = path.with_name(path.name + ".new")
-        rewritten.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        rewritten.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        text = "".join(f"{line}\n" for line in lines)
+        patiently(lambda: write_text(path, text), path, len(text.encode()))
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # a buffer would keep the torn part of a line for later
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(as_json(record), allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(as_json(record), allow_nan=False).encode() + b"\n"
+        patiently(lambda: self._append(line), self._path, len(line))
+
+    def _append(self, line: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except BaseException:
+            self._file.truncate(end)
+            raise
 
     def close(self) -> None:
         self._file.close()

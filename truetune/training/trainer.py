@@ -28,11 +28,12 @@ from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
 from truetune.optim import set_rate
 from truetune.schedules import Schedule
-from truetune.training.checkpoint import Checkpoints
+from truetune.training.checkpoint import Checkpoints, atomic_folder
 from truetune.training.evaluate import Evaluator, Sampler
 from truetune.training.gradient import NonFinite, accumulate, clip, norm_of, require_finite
 from truetune.training.integrity import Fingerprint, fingerprints, integrity
-from truetune.training.record import Checks, Evaluation, Record, Saved, Step, Verdict
+from truetune.training.patience import patiently
+from truetune.training.record import BEST_LOST, Alarm, Checks, Evaluation, Record, Saved, Step, Verdict
 
 
 class CheckFailed(UserError):
@@ -91,8 +92,8 @@ class Trainer:
             return
         if self.step > first:
             yield from self._require(Checks(self.step, tuple(self._integrity())))
-        if self.keep_best and self.best and self.best.step != self.step and self.checkpoints:
-            self._load_weights(self.checkpoints.load(self.best.step)[0]["weights"])
+        if lost := self.take_best():
+            yield Alarm(self.step, BEST_LOST, lost, voids=False)
         if self.sampler:
             yield self.sampler(self.model, self.step)
 
@@ -108,8 +109,13 @@ class Trainer:
                 raise CheckFailed(f"check failed: {verdict.name}: {verdict.figure}; {verdict.advice}")
 
     def _integrity(self) -> list[Verdict]:
-        """What the whole run moved; an expert that was never routed to has no optimizer state, and may stay."""
-        idle = {n for n, p in self.model.trainable().items() if not self.optimizer.state.get(p)}
+        """What the whole run moved. An expert that was never routed to has no optimizer state, and may stay; so may,
+        after a single step, what had no gradient yet: LoRA's A while B is zero."""
+        state, idle = self.optimizer.state, set()
+        for name, p in self.model.trainable().items():
+            moments = [t for key, t in state.get(p, {}).items() if key != "step"]
+            if not moments or (self.step == 1 and not any(t.any() for t in moments)):
+                idle.add(name)
         return integrity(self.model.model, self.start, idle)
 
     def batches(self, step: int) -> list[Batch]:
@@ -178,6 +184,7 @@ class Trainer:
     def _save(self, reason: str) -> Iterator[Record]:
         if self.checkpoints:
             tensors, state = self.state()
+            _require_finite(tensors, self.step)
             spare = self.best.step if self.best and self.keep_best else None
             yield Saved(self.step, str(self.checkpoints.save(self.step, tensors, state, spare)), reason)
 
@@ -213,6 +220,17 @@ class Trainer:
             best = state["best"]
             self.best = Evaluation(best["step"], best["loss"], 0.0, 0.0, 0, 0, 0.0, best=True)
 
+    def take_best(self) -> str | None:
+        """Load the weights of the best evaluation, if those are to be kept; why not, where they are damaged."""
+        if not (self.keep_best and self.best and self.best.step != self.step and self.checkpoints):
+            return None
+        try:
+            weights = self.checkpoints.load(self.best.step)[0]["weights"]
+        except UserError as error:
+            return f"the weights of the best evaluation are lost ({error}); those of step {self.step} stay instead"
+        self._load_weights(weights)
+        return None
+
     @torch.no_grad()
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
         parameters = self.model.trainable()
@@ -228,7 +246,6 @@ class Trainer:
         if not self.failures:
             return "lower the rate, or look at the documents of the step"
         folder = self.failures / f"failure-step-{self.step + 1}"
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {"random": random_state}
         for i, b in enumerate(batches):
             tensors |= {
@@ -236,15 +253,31 @@ class Trainer:
                 f"{i}/labels": b.labels,
                 f"{i}/lengths": torch.tensor(b.lengths),
             }
-        save_file(tensors, folder / "batch.safetensors")
         rows = [self.documents[i].row for i in self.stream.step(self.step)]
         facts = {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}
-        (folder / "step.json").write_text(json.dumps(facts, indent=1))
-        if self.checkpoints:
-            weights, state = self.state()
-            self.model.zero_grad(set_to_none=True)
-            Checkpoints(folder, keep=1).save(self.step, weights, state)
+        weights, state = self.state()
+        self.model.zero_grad(set_to_none=True)
+
+        def write() -> None:
+            with atomic_folder(folder) as scratch:
+                save_file(tensors, scratch / "batch.safetensors")
+                (scratch / "step.json").write_text(json.dumps(facts, indent=1))
+                if self.checkpoints:
+                    Checkpoints(scratch, keep=1).save(self.step, weights, state)
+
+        try:
+            patiently(write, folder)
+        except OSError as error:
+            return f"what shows it again could not be written to {folder} ({error.strerror}); lower the rate"
         return f"batch, random state and weights are in {folder}; lower the rate, or look at these rows"
+
+
+def _require_finite(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
+    """Raise NonFinite if a checkpoint would hold what is no number: it would take the place of a good one."""
+    for kind in ("weights", "optimizer"):
+        for name, tensor in tensors[kind].items():
+            if not torch.isfinite(tensor).all():
+                raise NonFinite(f"{name} is not finite after step {step}, so it was not saved; lower the rate")
 
 
 def _marked_best(e: Evaluation) -> Evaluation:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from truetune.errors import UserError
 from truetune.training.checkpoint import MANIFEST, Checkpoints, atomic_folder, verify
@@ -70,13 +72,14 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def test_an_error_that_safetensors_tells_of_in_its_own_way_is_one_of_the_disk(tmp_path, monkeypatch):
+    def fails(*_):
+        raise SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
 
-    monkeypatch.setattr("truetune.training.checkpoint.save_file", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    monkeypatch.setattr("truetune.training.checkpoint.save_file", fails)
+    with pytest.raises(OSError, match="Input/output error") as caught:
         save(Checkpoints(tmp_path), 1)
+    assert caught.value.errno == errno.EIO and caught.value.filename == str(tmp_path / "step-00000001")
     assert not list(tmp_path.iterdir())
 
 

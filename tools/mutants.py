@@ -1,0 +1,151 @@
+"""Mutation testing: small faults put into the program by Cosmic Ray, and whether the tests see them.
+
+    python tools/mutants.py COUNT SEED [RESULTS.json]
+
+Needs `pip install cosmic-ray`. Draws COUNT places of ``PACKAGES`` where one of Cosmic Ray's operators applies, and
+one mutant at each. Annotations are left out: nothing evaluates them. Each mutant stands in a copy of the repository,
+where first the tests that are near it run, then all. Two are tried at a time. RESULTS.json gets one entry each; those
+that survive are printed with their difference, to be judged by a reader.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cosmic_ray import plugins
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("training", "data", "kernels", "optim", "checks")
+NEAR = {
+    "training": ["tests/invariants", "tests/unit/training"],
+    "data": ["tests/unit/data", "tests/invariants/test_conservation.py"],
+    "kernels": ["tests/numerics"],
+    "optim": ["tests/unit/test_optim.py", "tests/invariants/test_parity.py"],
+    "checks": ["tests/unit/checks"],
+}
+SECONDS = 900
+# The rest would see any change of the source as such, or look at none of it.
+APART = ["--ignore=tests/unit/test_house.py", "--ignore=tests/unit/test_docs.py"]
+
+Place = tuple[str, int, int]  # file, line, column
+Mutant = tuple[str, str, int]  # file, operator, occurrence
+
+
+def places() -> dict[Place, list[Mutant]]:
+    """Every place where an operator applies, with the mutants that it has there."""
+    found: defaultdict[Place, list[Mutant]] = defaultdict(list)
+    for package in PACKAGES:
+        for file in sorted((ROOT / "truetune" / package).glob("*.py")):
+            name, code = str(file.relative_to(ROOT)), file.read_text(encoding="utf-8")
+            hidden, tree = annotated(code), get_ast(code)
+            for operator_name in plugins.operator_names():
+                operator = plugins.get_operator(operator_name)
+                if operator.arguments():
+                    continue
+                positions = (p for node in ast_nodes(tree) for p in operator().mutation_positions(node))
+                for occurrence, ((line, column), _) in enumerate(positions):
+                    if not any(a <= (line, column) < b for a, b in hidden):
+                        found[name, line, column].append((name, operator_name, occurrence))
+    return found
+
+
+def annotated(code: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """From where to where annotations stand."""
+
+    def annotations() -> Iterator[ast.expr | None]:
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.FunctionDef):
+                yield node.returns
+            elif isinstance(node, ast.arg | ast.AnnAssign):
+                yield node.annotation
+
+    return [
+        ((a.lineno, a.col_offset), (a.end_lineno or 0, a.end_col_offset or 0)) for a in annotations() if a is not None
+    ]
+
+
+def copied() -> Path:
+    """A copy of what git tracks, and of what it would."""
+    place = Path(tempfile.mkdtemp(prefix="mutants-"))
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place / name)
+    return place
+
+
+def tested(place: Path, tests: list[str]) -> str:
+    """The first test that fails, "" if none does; one that takes for ever fails."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *APART, *tests]
+    environment = os.environ | {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=place, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"more than {SECONDS} s"
+    if done.returncode == 0:
+        return ""
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0] if failed else done.stdout[-200:] + done.stderr[-200:]
+
+
+_place: Path | None = None
+
+
+def tried(mutant: Mutant) -> dict[str, Any]:
+    """Put the mutant into this process's copy, run the tests, and take it out."""
+    global _place  # noqa: PLW0603  # one copy for every process
+    _place = _place or copied()
+    name, operator, occurrence = mutant
+    file = _place / name
+    code = file.read_text(encoding="utf-8")
+    mutated = mutate_code(code, plugins.get_operator(operator)(), occurrence)
+    difference = "\n".join(difflib.unified_diff(code.splitlines(), mutated.splitlines(), lineterm="", n=1))
+    file.write_text(mutated, encoding="utf-8")
+    try:
+        killer = tested(_place, NEAR[Path(name).parts[1]]) or tested(_place, ["tests"])
+    finally:
+        file.write_text(code, encoding="utf-8")
+    return {"file": name, "operator": operator, "difference": difference, "killed by": killer}
+
+
+def main(count: int, seed: int, results: Path | None) -> None:
+    found, chance = places(), random.Random(seed)
+    drawn = [chance.choice(found[place]) for place in chance.sample(sorted(found), count)]
+    print(f"{len(found):,} places; {count} are tried")
+    outcomes = []
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for number, outcome in enumerate(pool.imap_unordered(tried, drawn), 1):
+            outcomes.append(outcome)
+            print(
+                f"{number:3} {outcome['file']} {outcome['operator']}: {outcome['killed by'] or 'SURVIVED'}", flush=True
+            )
+            if not outcome["killed by"]:
+                print(outcome["difference"], flush=True)
+            if results:
+                results.write_text(json.dumps(outcomes, indent=1), encoding="utf-8")
+    survived = sum(not o["killed by"] for o in outcomes)
+    print(f"{count - survived} of {count} were killed")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)

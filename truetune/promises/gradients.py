@@ -1,0 +1,152 @@
+"""Promises about one gradient: however a step is split, whoever stands beside, and against Hugging Face's own.
+
+The reference of parity is written here once more, from the documents: it shares neither batches, nor labels, nor
+attention, nor loss with what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from truetune.checks.preflight import distance
+from truetune.data.batch import Batch, Document
+from truetune.data.packing import best_fit_decreasing
+from truetune.models.adapt import unfused
+from truetune.models.route import disproof
+from truetune.models.wrap import CausalLM
+from truetune.objectives import Objective
+from truetune.promises.ground import EXACT, Ground
+from truetune.training.gradient import accumulate
+from truetune.training.record import Verdict
+
+Gradient = list[Tensor | None]
+
+
+def accumulation(ground: Ground) -> Verdict:
+    """Any split of a step into micro-batches gives the big batch's loss and gradient."""
+    documents = ground.documents
+    half = best_fit_decreasing([len(d) for d in documents], max(len(d) for d in documents))
+    shuffled = [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
+    splits = {
+        "one by one": [[d] for d in documents],
+        "packed": [[documents[i] for i in members] for members in half],
+        "a short last one": [documents[:-1], documents[-1:]],
+        "in another order": [shuffled[:1], shuffled[1:]],
+    }
+    truth = measure(ground.twin, ground.trainer.objective, [documents])
+    found = {name: measure(ground.twin, ground.trainer.objective, packs) for name, packs in splits.items()}
+    return _close(ground, truth, found, "of the big batch's", "a micro-batch does not weigh what its targets weigh")
+
+
+def isolation(ground: Ground) -> Verdict:
+    """Neighbours of other content, length, order and number change neither my loss nor my gradient."""
+    twin, objective = ground.twin, ground.trainer.objective
+    mine, other, third = ground.documents[:3]
+    a, b = stranger(other, 0), stranger(third, 1)
+    short = replace(a, tokens=a.tokens[: len(a) // 2 + 1], targets=a.targets[: len(a) // 2 + 1])
+    length = 2 * len(mine) + len(a)
+    long = replace(a, tokens=np.resize(a.tokens, length), targets=np.resize(a.targets, length))
+    packs = {
+        "content": [mine, a],
+        "order": [b, mine],
+        "length": [short, mine],
+        "a longer one": [long, mine],
+        "number": [a, mine, b, short],
+    }
+    truth = measure(twin, objective, [[mine]])
+    found = {name: measure(twin, objective, [pack]) for name, pack in packs.items()}
+    advice = "documents leak into each other; please report the model's config"
+    verdict = _close(ground, truth, found, "of mine alone", advice)
+    # Windows and limits of positions are longer than these documents; on a small copy they are made shorter.
+    fault = disproof(twin.hf, twin.tail.decoder, twin.route)
+    if fault:
+        return replace(verdict, passed=False, figure=f"on a small copy with short windows, {fault}")
+    return verdict
+
+
+def parity(ground: Ground) -> Verdict:
+    """Loss and gradient equal plain Hugging Face's, and what was exported gives the live model's logits."""
+    model, objective, documents = ground.trainer.model.eval(), ground.trainer.objective, ground.documents
+    truth = plain(ground.twin, documents)
+    found = {"float64" if ground.exact else "one batch": measure(ground.twin, objective, [documents])}
+    advice = "this model is not computed rightly here; please report it with its config"
+    # Eager attention takes its softmax in fp32, whatever the weights are.
+    verdict = _close(ground, truth, found, "of plain Hugging Face's", advice, slack=10 if ground.exact else 1)
+    if ground.exact:
+        # As it is trained, our error may be twice the plain one's: the rest is what rounding does by chance.
+        ours, theirs = (
+            distance(g, truth[1]) for _, g in (measure(model, objective, [documents]), plain(model, documents))
+        )
+        dtype, bound = str(model.dtype).removeprefix("torch."), 2 * theirs + EXACT
+        told = f"{verdict.figure}; in {dtype} its error is {ours:.1e}, plain {theirs:.1e} (bound {bound:.0e})"
+        verdict = replace(verdict, passed=verdict.passed and ours <= bound, figure=told)
+    exports = ground.run.facts["exports"]
+    told = ", ".join(f"{e['kind']} {e['difference']:.1e} (bound {e['bound']:.1e})" for e in exports)
+    passed = verdict.passed and bool(exports) and all(e["passed"] for e in exports)
+    return replace(verdict, passed=passed, figure=f"{verdict.figure}; exported logits: {told or 'none'}")
+
+
+def stranger(document: Document, seed: int) -> Document:
+    """Its tokens in another order, and nothing to learn."""
+    tokens = np.random.default_rng(seed).permutation(document.tokens)
+    return replace(document, tokens=tokens, targets=np.zeros_like(document.targets), ends=())
+
+
+def measure(model: CausalLM, objective: Objective, packs: Sequence[Sequence[Document]]) -> tuple[float, Gradient]:
+    """The loss over the step that ``packs`` make up, and its gradient, by the code that trains."""
+    model.zero_grad(set_to_none=True)
+    loss = float(accumulate(model, objective, [Batch.of(pack, model.device) for pack in packs]))
+    return loss, _taken(model)
+
+
+def plain(model: CausalLM, documents: Sequence[Document]) -> tuple[float, Gradient]:
+    """The same from logits of the plain Hugging Face model, one document at a time, eager attention."""
+    model.zero_grad(set_to_none=True)
+    count, loss = sum(d.target_count for d in documents), 0.0
+    with model.as_published("eager") as hf, unfused(hf):
+        for document in documents:
+            tokens = torch.from_numpy(document.tokens.astype(np.int64)).to(model.device)
+            wanted = torch.from_numpy(document.targets[1:]).to(model.device)
+            with model.autocast():
+                logits = hf(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            share = F.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="sum") / count
+            share.backward()
+            loss += float(share.detach())
+    return loss, _taken(model)
+
+
+def _taken(model: CausalLM) -> Gradient:
+    gradient = [p.grad for p in model.trainable().values()]
+    model.zero_grad(set_to_none=True)
+    return gradient
+
+
+def _close(
+    ground: Ground,
+    truth: tuple[float, Gradient],
+    found: dict[str, tuple[float, Gradient]],
+    whose: str,
+    advice: str,
+    slack: float = 1.0,
+) -> Verdict:
+    """The worst relative difference of a loss and of a whole gradient (L2) from the truth; ``slack`` on bounds."""
+    bound, gradient_bound, dtype = ground.bounds
+    bound, gradient_bound = slack * bound, slack * gradient_bound
+    worst, worst_gradient, failed = 0.0, 0.0, []
+    for name, (loss, gradient) in found.items():
+        off, gradient_off = abs(loss - truth[0]) / max(abs(truth[0]), 1e-9), distance(gradient, truth[1])
+        if not (off <= bound and gradient_off <= gradient_bound):  # a NaN is not within any bound
+            failed.append(name)
+        worst, worst_gradient = max(off, worst), max(gradient_off, worst_gradient)
+    figure = (
+        f"loss within {worst:.1e} (bound {bound:.0e}), gradient within {worst_gradient:.1e} "
+        f"(bound {gradient_bound:.0e}) {whose}, {dtype}"
+    )
+    return Verdict("", not failed, figure + (f"; not: {', '.join(failed)}" if failed else ""), advice)

@@ -1,0 +1,153 @@
+"""Promises about the data: what came in goes out, and whatever was left out is told.
+
+Everything is counted once more, from the source's rows to the labels of the batches, by other means than those that
+made the data report: rows are rendered without a limit of length, and labels are counted in the batches themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from truetune.assembly import Part, build_stream
+from truetune.checks.preflight import restored
+from truetune.data import formats
+from truetune.data.batch import IGNORE
+from truetune.data.chat import Renderer
+from truetune.data.sources import canonical
+from truetune.promises.ground import Ground, written
+from truetune.training.gradient import NonFinite
+from truetune.training.integrity import fingerprints
+from truetune.training.record import Verdict
+from truetune.training.trainer import Trainer
+
+BATCHES = 400
+"""Steps whose micro-batches are laid out and counted; the order of the documents is followed over the whole run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recount:
+    """A part of the data, counted from its rows: all targets they hold, and what a limit of length takes away."""
+
+    held: int
+    kept: int
+    dropped: int
+    truncated: int
+    by_role: Counter[str]
+
+
+def recount(ground: Ground, part: Part) -> Recount:
+    limit = ground.recipe.data.max_length
+    endless = Renderer(ground.job.loaded.tokenizer, ground.job.loaded.stop_ids, 1 << 62)
+    held = kept = dropped = truncated = 0
+    by_role: Counter[str] = Counter()
+    for number, row in zip(part.rows.numbers, part.rows.rows, strict=True):
+        rendered = endless.document(formats.read(part.report.format, row, number), number)
+        targets = rendered.document.targets if rendered.document else np.zeros(0, dtype=bool)
+        held += int(targets.sum())
+        kept += int(targets[:limit].sum())
+        dropped += not targets[:limit].any()
+        truncated += rendered.length > limit
+        if rendered.document and rendered.length <= limit:
+            by_role.update(rendered.targets_by_role)
+    return Recount(held, kept, dropped, truncated, by_role)
+
+
+def conservation(ground: Ground) -> Verdict:
+    """Target tokens in = out, per source and role; no document twice in an epoch, none lost, none in both parts."""
+    faults, told = [], []
+    for side, part in (("training", ground.job.train), ("held out", ground.job.evaluation)):
+        count, report = recount(ground, part), part.report
+        faults += _unequal(
+            side,
+            targets=(report.targets, count.kept),
+            cut=(report.targets_cut, count.held - count.kept),
+            documents=(report.documents, report.rows - count.dropped),
+            tokens=(sum(report.tokens_by_role.values()), sum(map(len, part.documents))),
+            roles=(sum(report.targets_by_role.values()), count.kept),
+        )
+        if count.kept == count.held and report.targets_by_role != dict(count.by_role):
+            faults.append(f"{side}: targets by role are {report.targets_by_role}, counted {dict(count.by_role)}")
+        told.append(f"{report.source}: {count.held:,} targets = {report.targets:,} kept + {report.targets_cut:,} cut")
+    both = {canonical(r) for r in ground.job.train.rows.rows} & {canonical(r) for r in ground.job.evaluation.rows.rows}
+    if both:
+        faults.append(f"{len(both)} rows are both trained on and held out")
+    planned = replace(ground.trainer, stream=build_stream(ground.asked, ground.job.train.documents))
+    faults += _order(planned)
+    steps, labels = _labels(planned, faults)
+    told.append(f"{labels:,} labels in the batches of {steps} steps are their documents' targets")
+    return Verdict("", not faults, "; ".join(faults or told), "rows are lost or doubled; please report it")
+
+
+def _unequal(side: str, **pairs: tuple[int, int]) -> list[str]:
+    return [f"{side}: {name} are {told:,}, counted {found:,}" for name, (told, found) in pairs.items() if told != found]
+
+
+def _order(trainer: Trainer) -> list[str]:
+    """Faults of the order of the run: each epoch holds every document once."""
+    size = len(trainer.documents)
+    order = np.array([i for t in range(len(trainer.stream)) for i in trainer.stream.step(t)])
+    for epoch in range(-(-len(order) // size)):
+        seen = np.bincount(order[epoch * size : (epoch + 1) * size], minlength=size)
+        if seen.max() > 1:
+            return [f"document {int(seen.argmax())} comes {int(seen.max())} times in epoch {epoch}"]
+    return []
+
+
+def _labels(trainer: Trainer, faults: list[str]) -> tuple[int, int]:
+    """Compare, as multisets, the labels of the batches with the targets of the documents; (steps, labels)."""
+    labels = 0
+    steps = min(len(trainer.stream), BATCHES)
+    for step in range(steps):
+        documents = [trainer.documents[i] for i in trainer.stream.step(step)]
+        wanted = np.sort(np.concatenate([d.tokens[d.targets] for d in documents]))
+        batches = trainer.batches(step)
+        found = torch.cat([b.labels[b.labels != IGNORE] for b in batches]).sort().values.cpu().numpy()
+        if sum(len(b.tokens) for b in batches) != sum(map(len, documents)) or not np.array_equal(wanted, found):
+            faults.append(f"the batches of step {step + 1} hold {len(found):,} labels of {len(wanted):,} targets")
+            break
+        labels += len(found)
+    return steps, labels
+
+
+def silence(ground: Ground) -> Verdict:
+    """Every key of the recipe was read; every dropped or cut row was reported; a planted NaN stops the run."""
+    faults = []
+    asked = written(ground.asked)
+    if unread := sorted(asked - ground.read):
+        faults.append(f"{unread[0]} was written in the recipe and never read")
+    parts = (ground.job.train, ground.job.evaluation)
+    counts = [recount(ground, part) for part in parts]
+    for part, count in zip(parts, counts, strict=True):
+        faults += _unequal(
+            part.report.source,
+            dropped=(sum(part.report.dropped.values()), count.dropped),
+            truncated=(part.report.truncated, count.truncated),
+        )
+    planted = {str(value): _stops(ground.trainer, value) for value in (float("nan"), float("inf"))}
+    faults += [f"a planted {name} {fault}" for name, fault in planted.items() if fault]
+    dropped, truncated = sum(c.dropped for c in counts), sum(c.truncated for c in counts)
+    figure = (
+        f"all {len(asked)} keys were read, {dropped:,} dropped and {truncated:,} truncated "
+        f"rows were reported, a planted {' and '.join(planted)} stopped the run before a weight changed"
+    )
+    return Verdict("", not faults, "; ".join(faults) or figure, "something goes by unseen; please report it")
+
+
+def _stops(trainer: Trainer, value: float) -> str:
+    """Plant ``value`` in a trained weight and take a step; what is wrong with what happened, or nothing."""
+    bare: dict[str, Any] = dict.fromkeys(("preflight", "evaluator", "sampler", "checkpoints", "failures"))
+    name, weight = next(iter(trainer.model.trainable().items()))
+    with restored(trainer):
+        with torch.no_grad():
+            weight.fill_(value)  # of an embedding, one row may take no part
+        planted = fingerprints(trainer.model.model)
+        try:
+            next(replace(trainer, stop=False, start=planted, **bare).steps())
+        except NonFinite:
+            return "" if fingerprints(trainer.model.model) == planted else f"in {name} reached other weights"
+        return f"in {name} was not noticed"
