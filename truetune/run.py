@@ -65,6 +65,8 @@ def train(
         raise UserError(f"a resumed run is checked in any case; leave out --dry-run to go on with {resume}")
     folder = Path(resume) if resume else new_folder(recipe)
     facts = _facts_of(folder) if resume else None
+    if facts and facts.values["status"] == "finished":
+        raise UserError(f"{folder} is finished, so there is nothing to go on with; start a new run to train further")
     job = assemble(recipe, folder)
     require_space(job, folder)
     trainer = job.trainer
@@ -101,7 +103,8 @@ def _run(job: Job, folder: Path, facts: Facts, dry_run: bool, quiet: bool) -> No
         if dry_run:
             _feed(trainer.check(), sinks, facts)
             facts.write(status="dry run", finished=now())
-            plan = f"{len(trainer.stream):,} steps over {trainer.stream.tokens:,} tokens"
+            stream = trainer.stream
+            plan = f"{len(stream):,} steps over {stream.tokens:,} tokens, {stream.epochs:.3g} epochs"
             print(f"dry run    nothing was trained; the plan is {plan}\nreport     {_write_page(folder)}")
             return
         with _stopping_at_signals(trainer):

@@ -238,3 +238,10 @@ def test_a_section_can_be_dropped(my_model: Path) -> None:
     assert result.exit_code == 0, result.stderr
     marked = re.findall(r"(adapter\.\w+) +\*", result.stdout)
     assert marked == ["adapter.method"]
+
+
+def test_a_finished_run_is_not_touched_again(straight: tuple[Path, str]) -> None:
+    folder, _ = straight
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    refused(invoke("train", "--resume", str(folder)), "is finished, .*; start a new run")
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

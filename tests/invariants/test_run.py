@@ -15,6 +15,7 @@ import pytest
 import torch
 from folders import STEPS, chats, equal, facts, invoke, keep_jobs, keys, records, same_file, weights, write_rows
 from safetensors.torch import load_file, save_file
+from tiny import random_documents, tiny
 
 from truetune import spelling
 from truetune.training.checkpoint import Checkpoints, verify
@@ -147,6 +148,22 @@ def test_keep_best_ends_with_the_best_evaluation(
     assert facts(last)["result"]["after"]["step"] == STEPS
     assert not same_file(folder / "adapter" / EXPORTED, last / "adapter" / EXPORTED)
     assert VERIFY(last) == 0
+
+
+def test_the_verifier_allows_for_rounding_and_for_nothing_else() -> None:
+    """A false loss is seen in both precisions; what bf16 does to few targets is not called false."""
+    tools = runpy.run_path(str(ROOT / "tools" / "verify_run.py"), run_name="verify")
+    model = tiny("llama")
+    documents = [(d.tokens.tolist(), d.targets.tolist()) for d in random_documents(6)]
+    plain = float(tools["measure"](model, documents).mean())
+    rounded = float(tools["measure"](model, documents, torch.bfloat16).mean())
+    assert plain != rounded
+
+    def agrees(said: float, dtype: torch.dtype) -> bool:
+        return tools["compared"]("loss", said, model, documents, dtype)[3]
+
+    assert agrees(plain, torch.float32) and agrees(plain, torch.bfloat16) and agrees(rounded, torch.bfloat16)
+    assert not agrees(1.01 * plain, torch.float32) and not agrees(1.02 * plain, torch.bfloat16)
 
 
 PAIRS = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}, of course."} for i in range(40)]

@@ -69,6 +69,12 @@ def files(place: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file() and p.name != "run.json"}
 
 
+def interrupt(folder: Path) -> None:
+    """A finished run is not resumed, whatever its format."""
+    told = facts(folder) | {"status": "interrupted"}
+    (folder / "run.json").write_text(json.dumps(told), encoding="utf-8")
+
+
 @pytest.mark.parametrize(("age", "command", "says"), CASES, ids=[f"{c[0].__name__}-{c[1][0]}" for c in CASES])
 def test_another_format_is_refused_by_every_reader(
     age: Callable[[Path], None],
@@ -81,6 +87,7 @@ def test_another_format_is_refused_by_every_reader(
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
     shutil.copytree(straight[0], folder)
+    interrupt(folder)
     age(folder)
     there = files(tmp_path)
     words = 2 if command[0] == "show" or "--resume" in command else 1

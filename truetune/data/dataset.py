@@ -142,7 +142,8 @@ def hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     ranks = [_rank(row, seed) for row in rows.rows]
     distinct = sorted(set(ranks))
     if len(distinct) < 2:
-        raise UserError(f"all rows of {rows.name} are equal, so none can be held out; name the evaluation's own source")
+        found = "has a single row" if len(rows) == 1 else "has only equal rows"
+        raise UserError(f"{rows.name} {found}, so none can be held out; name another evaluation.source")
     count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
     chosen = set(distinct[:count])
     kept = rows.at((i for i, rank in enumerate(ranks) if rank not in chosen), f"{rows.name} less held out")

@@ -172,7 +172,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
         return local
     if local.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"{path} is neither a model folder nor a GGUF file; correct model.path")
-    with explained(path):
+    with explained(f"{path}, which is no folder here, from the hub"):
         patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.py"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
 

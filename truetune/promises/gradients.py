@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from truetune.checks.preflight import distance
+from truetune.checks.preflight import distance, off
 from truetune.data.batch import Batch, Document
 from truetune.data.packing import best_fit_decreasing
 from truetune.models.adapt import unfused
@@ -141,10 +141,10 @@ def _close(
     bound, gradient_bound = slack * bound, slack * gradient_bound
     worst, worst_gradient, failed = 0.0, 0.0, []
     for name, (loss, gradient) in found.items():
-        off, gradient_off = abs(loss - truth[0]) / max(abs(truth[0]), 1e-9), distance(gradient, truth[1])
-        if not (off <= bound and gradient_off <= gradient_bound):  # a NaN is not within any bound
+        loss_off, gradient_off = off(loss, truth[0]), distance(gradient, truth[1])
+        if not (loss_off <= bound and gradient_off <= gradient_bound):  # a NaN is not within any bound
             failed.append(name)
-        worst, worst_gradient = max(off, worst), max(gradient_off, worst_gradient)
+        worst, worst_gradient = max(loss_off, worst), max(gradient_off, worst_gradient)
     figure = (
         f"loss within {worst:.1e} (bound {bound:.0e}), gradient within {worst_gradient:.1e} "
         f"(bound {gradient_bound:.0e}) {whose}, {dtype}"

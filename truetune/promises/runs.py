@@ -13,6 +13,7 @@ from torch import Tensor
 from truetune import run
 from truetune.checks.preflight import crop, restored
 from truetune.data.batch import Batch
+from truetune.facts import Facts
 from truetune.optim import set_rate
 from truetune.promises.ground import STEPS, Ground, shortened
 from truetune.report.folder import Run
@@ -24,9 +25,9 @@ from truetune.training.trainer import Trainer
 
 FIT_STEPS = 40
 FIT_TOKENS = 64
-FIT_RATES = (1.0, 10.0, 100.0)
+FIT_RATES = (1.0, 0.1, 10.0, 100.0)
 """Multiples of the recipe's rate that a single batch is learned with until one suffices: a rate may be meant for
-thousands of steps."""
+thousands of steps, or for batches that are less alike."""
 FIT = 0.9
 """Share of its first loss that the batch must fall below. What frozen parts allow differs: under a random head an
 adapter stops at three quarters, where all weights reach a thousandth."""
@@ -38,6 +39,7 @@ def resume(ground: Ground) -> Verdict:
     shutil.copytree(ground.folder, place, ignore=shutil.ignore_patterns("checkpoints", "adapter", "merged", "model"))
     kept = Checkpoints(ground.folder / "checkpoints").path(ground.stopped)
     shutil.copytree(kept, place / "checkpoints" / kept.name, copy_function=os.link)
+    Facts.read(place).write(status="running", finished=None)  # as a killed process leaves it
     run.train(shortened(ground.asked, place, ground.stopped), resume=place, quiet=True)
     faults = _unlike(ground.folder / "checkpoints", place / "checkpoints", STEPS)
     straight, again = (_losses(Run.read(folder)) for folder in (ground.folder, place))
@@ -71,11 +73,13 @@ def training(ground: Ground) -> Verdict:
     with restored(trainer):
         moved = _moved_at_rate_zero(trainer)
     faults += [f"{moved} tensors moved at rate zero"] if moved else []
-    first, last, steps, factor = _fit(trainer)
-    if not last < FIT * first:
-        faults.append(f"one batch can't be learned: {first:.3f} became {last:.3f} in {steps} steps")
+    first, lowest, steps, factor = _fit(trainer)
+    if not lowest < FIT * first:
+        faults.append(f"one batch can't be learned: {first:.3f} became {lowest:.3f} in {steps} steps")
     names = ", ".join(f"{v['name']}: {v['figure']}" for v in end)
-    figure = f"{names}; at rate zero 0; one batch: {first:.3f} to {last:.3f} in {steps} steps at {factor:g} x the rate"
+    figure = (
+        f"{names}; at rate zero 0; one batch: {first:.3f} to {lowest:.3f} in {steps} steps at {factor:g} x the rate"
+    )
     return Verdict("", not faults, "; ".join(faults) or figure, "this run does not train; see the tensors named")
 
 
@@ -106,7 +110,7 @@ def _moved_at_rate_zero(trainer: Trainer) -> int:
 
 
 def _fit(trainer: Trainer) -> tuple[float, float, int, float]:
-    """Learn one small batch by heart, if need be at a higher rate: (first loss, last, steps, multiple of the rate)."""
+    """Learn one small batch by heart, if need be at another rate: (first loss, lowest, steps, multiple of the rate)."""
     document = crop(trainer.documents[trainer.stream.step(0)[0]], FIT_TOKENS)
     batch = Batch.of([document], trainer.model.device)
     for factor in FIT_RATES:
@@ -120,9 +124,9 @@ def _fit(trainer: Trainer) -> tuple[float, float, int, float]:
                 parameters = list(trainer.model.trainable().values())
                 clip(parameters, trainer.clip, norm_of(parameters))
                 trainer.optimizer.step()
-        if losses[-1] < FIT * losses[0]:
+        if min(losses) < FIT * losses[0]:
             break
-    return losses[0], losses[-1], len(losses) - 1, factor
+    return losses[0], min(losses), len(losses) - 1, factor
 
 
 def speed(ground: Ground) -> Verdict:

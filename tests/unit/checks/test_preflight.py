@@ -11,7 +11,7 @@ import torch
 from tiny import random_documents, tiny, tiny_trainer, wrap
 from torch import nn
 
-from truetune.checks.preflight import Preflight, crop, stops
+from truetune.checks.preflight import Preflight, crop, off, stops
 from truetune.data.batch import Document
 from truetune.models import route as routes
 from truetune.models import wrap as wrapping
@@ -184,3 +184,10 @@ def test_long_documents_are_cut_around_their_targets():
 def test_shown_marks_the_targets():
     document = Document(np.array([5, 6, 7, 8]), np.array([False, False, True, True]))
     assert Preflight(LOADED).shown(document) == "5 6⟦7 8⟧"
+
+
+def test_a_model_that_knows_its_rows_by_heart_is_not_accused():
+    """A rounded logit moves a loss near zero by as many nats as one near five."""
+    assert off(0.0470, 0.0442) == pytest.approx(0.0028)
+    assert off(4.7, 4.0) == pytest.approx(0.175)
+    assert off(0.5, 0.0) == pytest.approx(0.5)

@@ -114,7 +114,7 @@ def test_held_out_share_and_seed():
 
 
 def test_equal_rows_cannot_be_held_out():
-    with pytest.raises(UserError, match="all rows of texts are equal"):
+    with pytest.raises(UserError, match="texts has only equal rows"):
         hold_out(Rows.of([{"text": "a"}] * 5, "texts"), 0.5, 0)
 
 
