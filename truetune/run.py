@@ -11,7 +11,6 @@ import math
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -36,7 +35,7 @@ from truetune.models.load import load
 from truetune.recipe import Recipe
 from truetune.training.checkpoint import atomic_folder
 from truetune.training.gradient import NonFinite
-from truetune.training.patience import Interrupted, ended_by_signals, patiently, write_text
+from truetune.training.patience import Interrupted, ended_by_signals, on_signals, patiently, write_text
 from truetune.training.record import BEST_LOST, Alarm, Checks, Record, Samples, Step
 from truetune.training.sinks import Console, JsonLines, Sink, TensorBoard
 from truetune.training.trainer import Trainer
@@ -297,13 +296,8 @@ def _stopping_at_signals(trainer: Trainer) -> Iterator[None]:
             file=sys.stderr,
         )
 
-    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try:
+    with on_signals(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _finish(job: Job, folder: Path, facts: Facts, quiet: bool) -> None:

@@ -66,19 +66,26 @@ def patiently(write: Callable[[], Written], place: Path, need: int = 0) -> Writt
 
 
 @contextmanager
+def on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """``handler`` for SIGINT and SIGTERM within the block; only in the main thread, since no other may set one."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def ended_by_signals(sentence: str) -> Iterator[None]:
     """SIGINT or SIGTERM within the block raises Interrupted(sentence)."""
 
     def end(_: int, __: FrameType | None) -> None:
         raise Interrupted(sentence)
 
-    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-    before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try:
+    with on_signals(end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def write_text(file: Path, text: str) -> Path:
