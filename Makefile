@@ -15,7 +15,7 @@ quickstart: .venv/user $(CACHE)/model
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
-# Slow evidence, an hour of it. Pages are looked at in a browser and faults put under the program, as root:
+# Slow evidence, most of an hour of it. Pages are looked at in a browser and faults put under the program, as root:
 # apt-get install chromium strace
 proof: .venv/dev $(CACHE)/model
 	$(BIN)/python -m pytest -m proof
