@@ -34,16 +34,17 @@ def rates_and_decays(groups: list[dict[str, Any]], names: dict[int, str]) -> dic
     return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
 
 
-def test_lora_plus_groups_are_those_of_peft() -> None:
+@pytest.mark.parametrize("ratio", [16.0, 0.5])
+def test_lora_plus_groups_are_those_of_peft(ratio: float) -> None:
     model = with_lora()
     names = {id(p): n for n, p in model.named_parameters()}
     theirs = create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=ratio, loraplus_weight_decay=0.1
     )
-    ours = adamw(parameter_groups(model.named_parameters(), 1e-3, 16.0), 1e-3, weight_decay=0.1)
+    ours = adamw(parameter_groups(model.named_parameters(), 1e-3, ratio), 1e-3, weight_decay=0.1)
     found = rates_and_decays(ours.param_groups, names)
     assert found == rates_and_decays(theirs.param_groups, names)
-    assert {rate for rate, _ in found.values()} == {1e-3, 16e-3, 1e-6}
+    assert {rate for rate, _ in found.values()} == {1e-3, ratio * 1e-3, 1e-6}
     assert [g["name"] for g in ours.param_groups] == ["A", "embedding", "B", "B_no_decay"]
 
 

@@ -153,6 +153,18 @@ def test_tensorboard_holds_the_scalars(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("evaluation/loss")] == [(2, 1.5)]
 
 
+def test_tensorboard_forgets_the_steps_that_are_run_again_and_no_other(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume_at, steps in ((None, (1, 2, 3, 4)), (2, (3, 4))):
+        sink = TensorBoard(tmp_path, resume_at=resume_at)
+        for n in steps:
+            sink.write(step(n, loss=float(n) + (resume_at or 0)))
+        sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("step/loss")] == [(1, 1.0), (2, 2.0), (3, 5.0), (4, 6.0)]
+
+
 def test_tensorboard_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"pip install 'truetune\[tensorboard\]'"):
