@@ -181,6 +181,14 @@ def test_long_documents_are_cut_around_their_targets():
     assert not cut.targets[0]
 
 
+def test_a_step_of_one_long_document_is_checked_too():
+    (short,) = random_documents(1, longest=60)
+    document = Document(np.tile(short.tokens, 100)[:300], np.tile(short.targets, 100)[:300])
+    document.targets[0] = False
+    model = wrap(tiny("llama"), lora=True)
+    assert failures(tiny_trainer(model, [document], tokens_per_step=300, tokens_per_micro_batch=300)) == set()
+
+
 def test_shown_marks_the_targets():
     document = Document(np.array([5, 6, 7, 8]), np.array([False, False, True, True]))
     assert Preflight(LOADED).shown(document) == "5 6⟦7 8⟧"
