@@ -1,11 +1,12 @@
 """Mutation testing: small faults put into the program by Cosmic Ray, and whether the tests see them.
 
-    python tools/mutants.py COUNT SEED [RESULTS.json]
+    python tools/mutants.py COUNT SEED RESULTS.json
 
-Needs `pip install cosmic-ray`. Draws COUNT places of ``PACKAGES`` where one of Cosmic Ray's operators applies, and
-one mutant at each. Annotations are left out: nothing evaluates them. Each mutant stands in a copy of the repository,
-where first the tests that are near it run, then the others; the copy without any must pass them. Two are tried at a
-time. RESULTS.json gets one entry each; those that survive are printed with their difference, to be judged by a reader.
+Needs `pip install cosmic-ray pytest-timeout`. Draws COUNT places of ``PACKAGES`` where one of Cosmic Ray's operators
+applies, and one mutant at each. Annotations are left out: nothing evaluates them. Each mutant stands in a copy of the
+repository, where first the tests that are near it run, then the others; the copy without any must pass them. Two are
+tried at a time. RESULTS.json gets one entry each, and those that it has already are not tried again; those that survive
+are printed with their difference, to be judged by a reader.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ NEAR = {
     "checks": ["tests/unit/checks"],
 }
 SECONDS = 900
+"""For all tests of a mutant; a single one has a sixth of it."""
 # The rest would see any change of the source as such, or look at none of it.
 APART = ["--ignore=tests/unit/test_house.py", "--ignore=tests/unit/test_docs.py"]
 
@@ -95,7 +97,18 @@ def copied() -> Path:
 
 def tested(place: Path, tests: list[str]) -> str:
     """The first test that fails, "" if none does; one that takes for ever fails."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *APART, *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--timeout={SECONDS // 6}",
+        *APART,
+        *tests,
+    ]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and tests send it
     environment = os.environ | {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
@@ -113,44 +126,48 @@ def tested(place: Path, tests: list[str]) -> str:
 _place: Path | None = None
 
 
+def mutated(mutant: Mutant) -> tuple[str, str]:
+    """The code with the mutant in it, and how it differs."""
+    name, operator, occurrence = mutant
+    code = (ROOT / name).read_text(encoding="utf-8")
+    changed = mutate_code(code, plugins.get_operator(operator)(), occurrence)
+    return changed, "\n".join(difflib.unified_diff(code.splitlines(), changed.splitlines(), lineterm="", n=1))
+
+
 def tried(mutant: Mutant) -> dict[str, Any]:
     """Put the mutant into this process's copy, run the tests, and take it out."""
     global _place  # noqa: PLW0603  # one copy for every process
     _place = _place or copied()
-    name, operator, occurrence = mutant
-    file = _place / name
-    code = file.read_text(encoding="utf-8")
-    mutated = mutate_code(code, plugins.get_operator(operator)(), occurrence)
-    difference = "\n".join(difflib.unified_diff(code.splitlines(), mutated.splitlines(), lineterm="", n=1))
-    file.write_text(mutated, encoding="utf-8")
+    name, operator, _ = mutant
+    changed, difference = mutated(mutant)
+    code = (_place / name).read_text(encoding="utf-8")
+    (_place / name).write_text(changed, encoding="utf-8")
     try:
         near = NEAR[Path(name).parts[1]]
         killer = tested(_place, near) or tested(_place, ["tests", *(f"--ignore={path}" for path in near)])
     finally:
-        file.write_text(code, encoding="utf-8")
+        (_place / name).write_text(code, encoding="utf-8")
     return {"file": name, "operator": operator, "difference": difference, "killed by": killer}
 
 
-def main(count: int, seed: int, results: Path | None) -> None:
+def main(count: int, seed: int, results: Path) -> None:
     found, chance = places(), random.Random(seed)
     drawn = [chance.choice(found[place]) for place in chance.sample(sorted(found), count)]
+    outcomes = json.loads(results.read_bytes()) if results.is_file() else []
+    done = {(o["file"], o["difference"]) for o in outcomes}
+    left = [mutant for mutant in drawn if (mutant[0], mutated(mutant)[1]) not in done]
     if failing := tested(copied(), ["tests", "-n", "2"]):
         sys.exit(f"without any mutant this fails: {failing}")
-    print(f"{len(found):,} places; {count} are tried", flush=True)
-    outcomes = []
+    print(f"{len(found):,} places; {count} are drawn, {len(left)} of them to be tried", flush=True)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        for number, outcome in enumerate(pool.imap_unordered(tried, drawn), 1):
+        for outcome in pool.imap_unordered(tried, left):
             outcomes.append(outcome)
-            print(
-                f"{number:3} {outcome['file']} {outcome['operator']}: {outcome['killed by'] or 'SURVIVED'}", flush=True
-            )
-            if not outcome["killed by"]:
-                print(outcome["difference"], flush=True)
-            if results:
-                results.write_text(json.dumps(outcomes, indent=1), encoding="utf-8")
+            results.write_text(json.dumps(outcomes, indent=1), encoding="utf-8")
+            killer = outcome["killed by"] or f"SURVIVED\n{outcome['difference']}"
+            print(f"{len(outcomes):3} {outcome['file']} {outcome['operator']}: {killer}", flush=True)
     survived = sum(not o["killed by"] for o in outcomes)
-    print(f"{count - survived} of {count} were killed")
+    print(f"{len(outcomes) - survived} of {len(outcomes)} were killed")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
