@@ -50,9 +50,9 @@ class Part:
     report: DataReport
 
     def used(self, documents: list[Document]) -> list[dict[str, Any]]:
-        """The rows that ``documents`` were made of, in their order."""
+        """The rows that ``documents`` were made of, each once, in their order."""
         rows = dict(zip(self.rows.numbers, self.rows.rows, strict=True))
-        return [rows[d.row] for d in documents]
+        return [rows[number] for number in dict.fromkeys(d.row for d in documents)]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ def assemble(recipe: Recipe, folder: Path | None = None) -> Job:
     """
     train_rows, held_out_rows = choose_rows(recipe)
     loaded, model = build_model(recipe)
-    renderer = Renderer(loaded.tokenizer, loaded.stop_ids, recipe.data.max_length)
+    renderer = Renderer(
+        loaded.tokenizer, loaded.stop_ids, recipe.data.max_length, recipe.data.targets, recipe.data.too_long
+    )
     train = tokenized(recipe, train_rows, renderer)
     evaluation = tokenized(recipe, held_out_rows, renderer)
     if train.report.template:  # the default, where the tokenizer has none: it must leave with the model
@@ -99,7 +101,7 @@ def assemble(recipe: Recipe, folder: Path | None = None) -> Job:
         clip=recipe.train.clip,
         preflight=Preflight(loaded),
         evaluator=Evaluator(evaluation.documents, recipe.train.tokens_per_micro_batch, objective),
-        sampler=build_sampler(recipe, loaded, evaluation) if held_out.samples else None,
+        sampler=build_sampler(recipe, loaded, evaluation, renderer) if held_out.samples else None,
         evaluate_every=held_out.every or -(-steps // 4),
         checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint.keep) if folder else None,
         save_every=recipe.checkpoint.every or -(-steps // 4),
@@ -137,7 +139,8 @@ def choose_rows(recipe: Recipe) -> tuple[Rows, Rows]:
 
 
 def tokenized(recipe: Recipe, rows: Rows, renderer: Renderer) -> Part:
-    documents, report = dataset.tokenize(rows, recipe.data.format, renderer, recipe.data.cut_limit)
+    data = recipe.data
+    documents, report = dataset.tokenize(rows, data.format, renderer, data.cut_limit, data.weight_column)
     return Part(rows, documents, report)
 
 
@@ -218,11 +221,12 @@ def require_known(model: CausalLM, part: Part) -> None:
             )
 
 
-def build_sampler(recipe: Recipe, loaded: Loaded, evaluation: Part) -> Sampler:
-    documents = evaluation.documents[: recipe.evaluation.samples]
-    form = evaluation.report.format
-    questions = [formats.question(formats.read(form, row, 0)) for row in evaluation.used(documents)]
-    return Sampler(loaded, documents, questions, recipe.evaluation.sample_tokens)
+def build_sampler(recipe: Recipe, loaded: Loaded, evaluation: Part, renderer: Renderer) -> Sampler:
+    firsts = {document.row: document for document in reversed(evaluation.documents)}  # of each row its first document
+    documents = [d for d in evaluation.documents if firsts[d.row] is d][: recipe.evaluation.samples]
+    form, weight = evaluation.report.format, recipe.data.weight_column
+    examples = [renderer.chosen(formats.read(form, row, 0, weight)) for row in evaluation.used(documents)]
+    return Sampler(loaded, documents, list(map(formats.question, examples)), recipe.evaluation.sample_tokens)
 
 
 def build_stream(recipe: Recipe, documents: list[Document]) -> Stream:

@@ -52,11 +52,18 @@ class Data(Part):
 
     source: str = Field(min_length=1, description="python-docs, a .jsonl file, a datasets folder, or a hub id")
     split: str = "train"
-    format: Literal["auto", "messages", "prompt-completion", "text"] = Field(
+    format: Literal["auto", "messages", "preference", "sharegpt", "alpaca", "prompt-completion", "text"] = Field(
         "auto", description="what a row is; auto: told by its columns"
     )
+    targets: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="tokens that are learned: every assistant turn, only the last, or all after the first"
+    )
+    weight_column: str | None = Field("weight", description="column of a row's weight in the loss, where it has one")
     rows: int | None = Field(None, gt=0, description="use only the first rows")
-    max_length: int = Field(1024, gt=1, description="tokens a row may have; longer rows are truncated")
+    max_length: int = Field(1024, gt=1, description="tokens a document may have")
+    too_long: Literal["truncate", "drop", "split", "error"] = Field(
+        "truncate", description="what becomes of longer ones; split: pieces that share one token, as context"
+    )
     cut_limit: float = Field(0.05, ge=0, le=1, description="share of target tokens that truncation may cut")
 
 
@@ -171,6 +178,13 @@ class Recipe(Part):
                 "drop the section with adapter=none before adapter.method=full",
                 "adapter.method",
                 *(f"adapter.{k}" for k in idle),
+            )
+        if self.data.too_long != "truncate" and "cut_limit" in self.data.model_fields_set:
+            raise _conflict(
+                f"data.cut_limit means nothing with data.too_long={self.data.too_long}, which truncates nothing; "
+                "remove it",
+                "data.cut_limit",
+                "data.too_long",
             )
         other = next((k for k in ("source", "split") if getattr(self.evaluation, k) is not None), None)
         if other and "fraction" in held_out:

@@ -146,13 +146,13 @@ def targets(folder: Path, shares: tuple[float, float, float]) -> list[Target]:
 
     def converse(found: dict[str, Any]) -> None:
         form = formats.detect(found)
-        renderer.document(formats.read(form, found, 0))
+        renderer.documents(formats.read(form, found, 0))
         dataset.tokenize(Rows.of([found, *GOOD[:1]], "rows"), form, renderer, 1.0)
 
     def render(template: str) -> None:
         words = tokenizer_of[0]
         words.chat_template = template
-        Renderer(words, stops, 64).document(row)
+        Renderer(words, stops, 64).documents(row)
 
     tokenizer_of = [tokenizer()]
     several = st.lists(lines(), max_size=3) | same_lines()

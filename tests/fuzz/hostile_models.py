@@ -176,7 +176,7 @@ def targets(model: Path, folder: Path, shares: tuple[float, float, float]) -> li
             (place / name).unlink(missing_ok=True)  # an old file may still be mapped
             (place / name).write_bytes(data)
         loaded = load(str(place))
-        Renderer(loaded.tokenizer, loaded.stop_ids, 64).document(row)
+        Renderer(loaded.tokenizer, loaded.stop_ids, 64).documents(row)
 
     def of(name: str, data: st.SearchStrategy[bytes]) -> st.SearchStrategy[dict[str, bytes]]:
         return data.map(lambda found: {name: found})

@@ -48,13 +48,14 @@ def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_plain_torch(
-    shape: tuple[int, int, int], precision: str, options: dict[str, Any], no_worse: Any
+    shape: tuple[int, int, int], precision: str, options: dict[str, Any], weighted: bool, no_worse: Any
 ) -> None:
-    options = dict(options)
+    options = dict(options) | ({"weights_N": torch.rand(shape[0]) * 3} if weighted else {})
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     tensors = inputs(shape, dtype, options.pop("bias", False))
     exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in tensors]
@@ -68,7 +69,11 @@ def test_no_worse_than_plain_torch(
         computed = torch.float32 if precision == "fp32" else torch.bfloat16
         no_worse(name, ours[name], plain[name], truth[name], computed)
     # A sum of rounding errors is as long as their vector when none of them leans.
-    spread = (plain["losses"].double() - truth["losses"]).norm() + 1e-7 * truth["total"].abs() + 1e-6
+    spread = (
+        (2 if weighted else 1) * (plain["losses"].double() - truth["losses"]).norm()
+        + 1e-7 * truth["total"].abs()
+        + 1e-6
+    )
     assert (ours["total"].double() - truth["total"]).abs() <= 3 * spread
 
 
@@ -82,9 +87,26 @@ def test_in_float64_it_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(ours[name], truth[name], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("rows_in_a_chunk", [1, 100])
+def test_weights_scale_each_row_and_nothing_else(rows_in_a_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", rows_in_a_chunk * 50 * 8)
+    hidden, weight, labels, bias = inputs((6, 8, 50), torch.float64, bias=True)
+    weights = torch.tensor([1.0, 0.0, 2.5, 1.0, 0.125, 3.0])
+    for op in (linear_cross_entropy, linear_cross_entropy.reference):
+        found = results(op, [hidden, weight, labels, bias], softcap=2.0, weights_N=weights)
+        rows = [results(op, [hidden, weight, labels, bias], softcap=2.0, weights_N=torch.eye(6)[i]) for i in range(6)]
+        for name in ("total", "hidden", "weight", "bias"):
+            wanted = sum(w * row[name] for w, row in zip(weights.double(), rows, strict=True))
+            torch.testing.assert_close(found[name], wanted, rtol=1e-12, atol=1e-14)
+        plain = results(op, [hidden, weight, labels, bias], softcap=2.0)
+        torch.testing.assert_close(found["losses"], plain["losses"], rtol=0, atol=0)
+        ones = results(op, [hidden, weight, labels, bias], softcap=2.0, weights_N=torch.ones(6))
+        assert all(torch.equal(ones[name], plain[name]) for name in plain)
+
+
 def test_no_rows_give_zero() -> None:
     hidden, weight, labels, bias = inputs((0, 8, 5), torch.float32, bias=True)
-    terms = linear_cross_entropy(hidden, weight, labels, bias, softcap=2.0)
+    terms = linear_cross_entropy(hidden, weight, labels, bias, softcap=2.0, weights_N=torch.ones(0))
     terms.total.backward()
     assert terms.total.item() == 0 and terms.losses.shape == terms.correct.shape == (0,)
     assert hidden.grad is not None and hidden.grad.shape == (0, 8)

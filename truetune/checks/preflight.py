@@ -79,9 +79,7 @@ def probe_documents(trainer: Trainer) -> list[Document]:
 def crop(document: Document, length: int) -> Document:
     """At most ``length`` tokens around the first target of ``document``."""
     start = max(0, min(int(document.targets.argmax()) - length // 2, len(document) - length))
-    targets = document.targets[start : start + length].copy()
-    targets[0] = False
-    return replace(document, tokens=document.tokens[start : start + length], targets=targets, ends=())
+    return document.part(start, start + length)
 
 
 def trainable(model: CausalLM) -> Verdict:
@@ -213,11 +211,7 @@ def neighbours(model: CausalLM, trainer: Trainer, documents: Sequence[Document])
     mine, other = documents[0], documents[1]
     generator = np.random.default_rng(0)
     stranger = replace(other, tokens=generator.permutation(other.tokens), targets=np.zeros_like(other.targets))
-    short = replace(
-        stranger,
-        tokens=stranger.tokens[: len(other) // 2 + 1],
-        targets=stranger.targets[: len(other) // 2 + 1],
-    )
+    short = stranger.part(0, len(other) // 2 + 1)
     model.eval()
     loss, gradient = _mine(model, trainer, [mine])
     worst_loss, worst_gradient = 0.0, 0.0

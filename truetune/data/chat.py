@@ -1,18 +1,10 @@
-"""From an example to a document: the chat template rendered, tokenised once, and its targets marked.
+"""From an example to documents: the chat template rendered, tokenised, and the targets marked.
 
-What is learned is found by rendering the conversation turn by turn with the tokenizer's own template, never
-by looking for marker strings. For an assistant turn, let ``whole`` be the rendering that ends with it. The
-answer starts where the rendering before it, with the generation prompt, stops: that is the very text which
-the model continues when it is used. Where the generation prompt is no prefix of ``whole`` (some templates
-end it with an empty thought that they later leave out), the answer starts where two renderings with
-different contents first differ. Every ``whole`` has to be a prefix of the full rendering; a template that
-rewrites earlier turns is refused, because such an answer is not what the model would be asked to produce,
-and so is one that leaves out some of an answer, as templates do that strip reasoning.
-
-An answer ends with the token that stops generation, so that stopping is learned; whitespace that the
-template writes after it is no target. The full text is tokenised exactly once, so the tokens are those of
-``apply_chat_template``. A token that straddles the start of an answer is a target if it carries a visible
-character of it: otherwise the answer's first word would never be learned, nor anything of a one-word answer.
+Where the answers stand in the text is found in ``data.turns``. The text of a document is tokenised exactly once, so
+the tokens are those of ``apply_chat_template``. An answer ends with the token that stops generation, so that stopping
+is learned; whitespace that the template writes after it is no target. A token that straddles the start of an answer
+is a target if it carries a visible character of it: otherwise the answer's first word would never be learned, nor
+anything of a one-word answer.
 
 Left out: slow tokenizers, which do not say which characters a token stands for; training on other roles.
 """
@@ -21,22 +13,26 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from truetune.data import template
 from truetune.data.batch import Document
-from truetune.data.formats import ROLES, Conversation, Example, Text, place, refuse
+from truetune.data.formats import Conversation, Example, Preference, Text
+from truetune.data.messages import REASONING, ROLES, Message, place, refuse
+from truetune.data.template import Rendering, Span
+from truetune.data.turns import Answer, Turns, View, spelled, spelling
 from truetune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
-Span = tuple[int, int]  # from the first character to the one after the last
+Targets = Literal["assistant", "last", "all"]
+TooLong = Literal["truncate", "drop", "split", "error"]
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
@@ -48,6 +44,7 @@ DEFAULT_TEMPLATE = (
 """For tokenizers without a chat template: ``Role:``, a new line, the content; eos ends what is learned."""
 
 EMPTY, NO_TARGETS, CUT_AWAY = "empty", "no targets", "targets beyond max_length"
+WEIGHTLESS, TOO_LONG = "weight 0", "longer than max_length"
 
 _KINDS = ("template", *ROLES, "prompt", "text")  # whose content a token carries; "template" is the rest
 _CODE = {kind: code for code, kind in enumerate(_KINDS)}
@@ -57,30 +54,48 @@ _CODE = {kind: code for code, kind in enumerate(_KINDS)}
 class Rendered:
     """One example as tokens.
 
-    document:        None if the row is dropped, for the reason in ``dropped``.
-    length:          tokens before truncation.
-    cut:             positions (int64) of the targets that truncation took away.
-    tokens_by_role:  tokens of the document by the role whose content they carry; "template" for the rest.
-    targets_by_role: the same for its targets; the stop token counts with its answer.
+    documents:       none if the row is dropped, for the reason in ``dropped``; several if it is unrolled or split.
+    length:          tokens of its longest document before anything was cut.
+    cut:             positions (int64), in the uncut documents, of the targets that the limit took away.
+    tokens_by_role:  tokens of the documents by the role whose content they carry; "template" for the rest.
+    targets_by_role: the same for their targets; the stop token counts with its answer.
+    notes:           what had to be done to render it, or what the template added.
     """
 
-    document: Document | None
+    documents: tuple[Document, ...]
     dropped: str | None
     length: int
-    cut: np.ndarray
-    tokens_by_role: Counter[str]
-    targets_by_role: Counter[str]
+    cut: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    tokens_by_role: Counter[str] = field(default_factory=Counter)
+    targets_by_role: Counter[str] = field(default_factory=Counter)
+    notes: frozenset[str] = frozenset()
+
+
+class Draft(NamedTuple):
+    """A document of any length, and for every token [L] the code of the role whose content it carries."""
+
+    document: Document
+    kinds: np.ndarray
 
 
 class Renderer:
     """Turns examples into documents of at most ``max_length`` tokens.
 
-    ``stop_ids`` are the tokens that end generation. ``template`` is the chat template in use, the
-    tokenizer's own or ``DEFAULT_TEMPLATE``; save it with the model, as ``template_digest`` (SHA-256) is
-    what a later user compares. Raises UserError for a tokenizer that cannot be used.
+    ``stop_ids`` are the tokens that end generation. ``targets``: every assistant turn, only the last, or every token
+    after the first. ``too_long``: what becomes of a document above ``max_length``; "error" leaves it out, and whoever
+    has all rows refuses them (``require_fit``). ``template`` is the chat template in use, the tokenizer's own or
+    ``DEFAULT_TEMPLATE``; save it with the model, as ``template_digest`` (SHA-256) is what a later user compares.
+    Raises UserError for a tokenizer that cannot be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], max_length: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: frozenset[int],
+        max_length: int,
+        targets: Targets = "assistant",
+        too_long: TooLong = "truncate",
+    ):
         if not tokenizer.is_fast:
             raise UserError(
                 f"the tokenizer {type(tokenizer).__name__} does not say which characters its tokens stand "
@@ -92,7 +107,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
-        self.max_length = max_length
+        self.max_length, self.targets, self.too_long = max_length, targets, too_long
         begun = tokenizer("", add_special_tokens=True)["input_ids"][:1]
         self._bos = begun if begun == [tokenizer.bos_token_id] else []
         self._has_template = bool(tokenizer.chat_template)
@@ -103,49 +118,113 @@ class Renderer:
             except ValueError as fault:  # several, and none is called default
                 raise UserError(f"no chat template to use: {fault}; name one of them default") from fault
         self.template_digest = hashlib.sha256(self.template.encode("utf-8", "surrogatepass")).hexdigest()
+        self._stops = frozenset(str(tokenizer.decode([i])).strip() for i in stop_ids)
+        self._added: str | None = None
 
     def as_chat(self, example: Example) -> Conversation | None:
         """The conversation that the example is rendered as; None if it is bare text from BOS to EOS."""
         if isinstance(example, Conversation):
             return example
-        if example.prompt is None or not self._has_template:
+        if isinstance(example, Preference) or example.prompt is None or not self._has_template:
             return None
-        question = {"role": "user", "content": example.prompt}
-        return Conversation([question, {"role": "assistant", "content": example.completion}])
+        turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
+        return Conversation(turns, weights=None if example.weight == 1 else (example.weight,) * 2)
 
-    def document(self, example: Example, row: int = 0) -> Rendered:
-        """The example as a document. Raises UserError, naming the row, if the template refuses it."""
-        chat = self.as_chat(example)
+    def chosen(self, example: Example) -> Example:
+        """The example with no more to learn than ``targets`` says."""
+        if self.targets != "last" or not isinstance(example, Conversation):
+            return example
+        last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+        return replace(example, context=max(example.context, last))
+
+    def documents(self, example: Example, row: int = 0) -> Rendered:
+        """The example as documents. Raises UserError, naming the row, if it cannot be rendered rightly."""
+        if isinstance(example, Preference):
+            fault = "it is a preference, of which next-token training would learn the better answer alone"
+            refuse(row, fault, "name the better answer completion to train on it")
+        chat = self.as_chat(self.chosen(example))
         if self.tokenizer.eos_token_id is None and not (chat and self._has_template):
             raise UserError(
                 "the tokenizer has neither a chat template nor an eos token, so nothing would teach the "
                 "model to stop; set one of them in tokenizer_config.json"
             )
-        return self._conversation(chat, row) if chat else self._text(cast(Text, example), row)
+        if isinstance(example, Text) and chat is None:
+            return self._text(example, row)
+        assert chat is not None
+        if not chat.learned:
+            return Rendered((), WEIGHTLESS, 0)
+        views, notes = template.bounded(place(row), partial(self._views, chat, row))
+        return self._finish([self._draft(chat, view, row) for view in views], notes)
 
-    def _conversation(self, chat: Conversation, row: int) -> Rendered:
-        text, answers = template.bounded(place(row), partial(self._text_and_answers, chat, row))
-        ids, offsets = self._tokenize(text)
+    def _views(self, chat: Conversation, row: int) -> tuple[list[View], set[str]]:
+        """The texts of a conversation with the answers in them, and what is to be told of them."""
+
+        def plainly(messages: list[Message]) -> str:
+            return self._render(messages, row, chat.tools).text
+
+        empty, objects = spelling(chat, plainly)
+        turns = Turns(
+            chat,
+            row,
+            lambda messages, prompt: self._render(spelled(messages, empty, objects), row, chat.tools, prompt),
+            self._stops,
+        )
+        views = [turns.everything()] if self.targets == "all" else turns.views()
+        if chat.tools and self._render(spelled(chat.messages, empty, objects), row, None).text == views[-1].text:
+            refuse(row, "it declares tools, which the chat template does not show", "remove them")
+        if chat.messages[0]["role"] not in ("system", "developer") and not chat.tools and (added := self.added(row)):
+            turns.notes.add(f"the chat template adds: {added}")
+        return views, turns.notes
+
+    def added(self, row: int = 0) -> str:
+        """What the template puts before a conversation that has no system turn, such as a default system prompt."""
+        if self._added is None:
+            asked = [{"role": "user", "content": word} for word in ("first question", "second question")]
+            try:
+                texts = [self._render(asked[:1], row, None).text]
+                texts.append(
+                    self._render([asked[0], {"role": "assistant", "content": "an answer"}, asked[1]], row, None).text
+                )
+            except UserError:  # it wants other turns than these, and the rows will show which
+                texts = ["", ""]
+            for token in self.tokenizer.get_added_vocab():
+                texts = [text.replace(token, "") for text in texts]
+            first = texts[0].partition(asked[0]["content"])[0]
+            later = texts[1].partition("an answer")[2].partition(asked[1]["content"])[0]
+            while first and later and first[-1] == later[-1]:
+                first, later = first[:-1], later[:-1]
+            self._added = first.strip() if any(map(str.isalnum, first)) else ""
+        return self._added
+
+    def _render(
+        self, messages: list[Message], row: int, tools: list[Message] | None, prompt: bool = False
+    ) -> Rendering:
+        return template.render(self.tokenizer, messages, place(row), self.template, prompt, tools)
+
+    def _draft(self, chat: Conversation, view: View, row: int) -> Draft:
+        """The text as a document of any length."""
+        ids, offsets = self._tokenize(view.text)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             refuse(row, "it begins with two BOS tokens", "remove the one in its text or in the template")
-        targets = np.zeros(len(ids), dtype=bool)
+        weights = np.zeros(len(ids), dtype=np.float32)
         ends = []
-        for answer in answers:
-            first, last = self._cover(text, ids, offsets, answer)
+        for answer in view.answers:
+            first, last = self._cover(view.text, ids, offsets, answer)
             if first <= last:
-                targets[first : last + 1] = True
+                weights[first : (len(ids) if self.targets == "all" else last + 1)] = answer.weight
                 ends.append(last)
-        kinds = _kinds(chat, text, offsets)
-        kinds[targets] = _CODE["assistant"]
-        return self._finish(ids, targets, kinds, ends, row)
+        kinds = _kinds(chat.messages[: view.shown], view.text, offsets)
+        if self.targets != "all":
+            kinds[weights > 0] = _CODE["assistant"]
+        return _weighed(ids, weights, ends, kinds, row)
 
     def _text(self, example: Text, row: int) -> Rendered:
         prompt = example.prompt or ""
         text = prompt + example.completion
         ids, offsets = self._tokenize(text)
         if not text.strip():
-            return _dropped(EMPTY, len(ids))
+            return Rendered((), EMPTY, len(ids))
         begin = 0 if example.prompt is None else _first(text, offsets, len(prompt))
         eos = [self.tokenizer.eos_token_id]
         before = self._bos if ids[:1] != self._bos else []
@@ -153,58 +232,42 @@ class Renderer:
         kinds = np.full(len(before) + len(ids) + len(after), _CODE["text"])
         kinds[: len(before) + begin] = _CODE["prompt"]
         kinds[: len(before)] = _CODE["template"]
-        return self._finish([*before, *ids, *after], kinds == _CODE["text"], kinds, [len(kinds) - 1], row)
+        learned = (kinds == _CODE["text"]) | (self.targets == "all")
+        weights = np.where(learned, example.weight, 0).astype(np.float32)
+        return self._finish([_weighed([*before, *ids, *after], weights, [len(kinds) - 1], kinds, row)], set())
 
-    def _finish(self, ids: list[int], targets: np.ndarray, kinds: np.ndarray, ends: list[int], row: int) -> Rendered:
-        """Truncate, count, and drop what has nothing to learn. The first token is never a target."""
-        targets[:1] = False
-        if not targets.any():
-            return _dropped(NO_TARGETS, len(ids))
+    def _finish(self, drafts: list[Draft], notes: set[str]) -> Rendered:
+        """Bring the drafts to their length, count, and drop what has nothing to learn."""
+        documents: list[Document] = []
+        cut, tokens, learned = [], Counter[str](), Counter[str]()
+        for draft in drafts:
+            lost = draft.document.targets.copy()
+            for start, stop in self._pieces(len(draft.document)):
+                part = draft.document.part(start, stop)
+                if part.target_count:
+                    documents.append(part)
+                    lost[start:stop] &= ~part.targets
+                    tokens += _tally(draft.kinds[start:stop])
+                    learned += _tally(draft.kinds[start:stop][part.targets])
+            cut.append(np.flatnonzero(lost))
+        length = max(len(draft.document) for draft in drafts)
+        dropped = None
+        if not documents:
+            long = CUT_AWAY if self.too_long == "truncate" else TOO_LONG
+            dropped = long if any(draft.document.target_count for draft in drafts) else NO_TARGETS
+        return Rendered(tuple(documents), dropped, length, np.concatenate(cut), tokens, learned, frozenset(notes))
+
+    def _pieces(self, length: int) -> list[Span]:
+        """What becomes of a document of ``length`` tokens. Pieces share one token: the last of one is the first of
+        the next, as context, so that every target but the first token is in exactly one of them as a target."""
         limit = self.max_length
-        cut = limit + np.flatnonzero(targets[limit:])
-        kept = targets[:limit]
-        if not kept.any():
-            return _dropped(CUT_AWAY, len(ids), cut)
-        complete = tuple(end for end in ends if end < limit)
-        document = Document(np.array(ids[:limit], dtype=np.int32), kept, row, complete)
-        return Rendered(document, None, len(ids), cut, _tally(kinds[:limit]), _tally(kinds[:limit][kept]))
-
-    def _text_and_answers(self, chat: Conversation, row: int) -> tuple[str, list[Span]]:
-        text = self._render(chat.messages, row)
-        return text, self._answers(chat, text, row)
-
-    def _render(self, messages: list[Message], row: int, prompt: bool = False) -> str:
-        return template.render(self.tokenizer, messages, place(row), self.template, prompt)
-
-    def _answers(self, chat: Conversation, text: str, row: int) -> list[Span]:
-        """Where each answer, with what ends its turn, stands in the full rendering."""
-        spans = []
-        for i, message in enumerate(chat.messages):
-            if message["role"] != "assistant" or i < chat.context:
-                continue
-            turns = chat.messages[: i + 1]
-            whole = text if len(turns) == len(chat.messages) else self._render(turns, row)
-            start = self._answer_start(turns, whole, row)
-            if start is None or not text.startswith(whole):
-                refuse(
-                    row,
-                    f"the chat template renders turn {i} differently by its content or by the turns after it",
-                    "give such rows as prompt and completion, one row for every answer",
-                )
-            if not _has_words(text[start : len(whole)], message["content"]):
-                refuse(row, f"the chat template does not show all of turn {i}", "remove what it leaves out")
-            spans.append((start, len(whole)))
-        return spans
-
-    def _answer_start(self, turns: list[Message], whole: str, row: int) -> int | None:
-        """Where the content of the last turn starts in ``whole``; None if no rendering tells."""
-        before = turns[:-1]
-        if before and whole.startswith(prompt := self._render(before, row, prompt=True)):
-            return len(prompt)
-        a, b = (self._render([*before, {"role": "assistant", "content": c}], row) for c in ("A", "b"))
-        differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-        start = next(differ, None)
-        return start if start is not None and whole.startswith(a[:start]) else None
+        if length <= limit:
+            return [(0, length)]
+        if self.too_long == "truncate":
+            return [(0, limit)]
+        if self.too_long == "split":
+            return [(start, min(start + limit, length)) for start in range(0, length - 1, limit - 1)]
+        return []
 
     def _tokenize(self, text: str) -> tuple[list[int], np.ndarray]:
         """Token ids, and the characters [L, 2] that each stands for."""
@@ -218,10 +281,10 @@ class Renderer:
         )
         return tokens["input_ids"], np.array(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2)
 
-    def _cover(self, text: str, ids: list[int], offsets: np.ndarray, answer: Span) -> Span:
+    def _cover(self, text: str, ids: list[int], offsets: np.ndarray, answer: Answer) -> Span:
         """First and last target of an answer: up to the stop token if the turn ends in one."""
-        first = _first(text, offsets, answer[0])
-        last = int(np.count_nonzero(offsets[:, 0] < answer[1])) - 1
+        first = _first(text, offsets, answer.start)
+        last = int(np.count_nonzero(offsets[:, 0] < answer.end)) - 1
         for end in range(last, first - 1, -1):
             if ids[end] in self.stop_ids:
                 return first, end
@@ -230,9 +293,23 @@ class Renderer:
         return first, last
 
 
-def _has_words(text: str, content: str) -> bool:
-    """Whether the content is in the text, spaces apart (templates may strip it)."""
-    return "".join(content.split()) in "".join(text.split())
+def require_fit(name: str, rows: Sequence[int], rendered: Sequence[Rendered], max_length: int) -> None:
+    """Raise UserError if a row is longer than ``max_length``, for ``too_long`` error; it names the first such row."""
+    lengths = [r.length for r in rendered]
+    found = [row for row, length in zip(rows, lengths, strict=True) if length > max_length]
+    if found:
+        raise UserError(
+            f"{name}: {place(found[0])} is one of {len(found)} with more than {max_length} tokens, which data.too_long "
+            f"calls an error; set data.max_length to {max(lengths)}, or data.too_long to truncate, drop or split"
+        )
+
+
+def _weighed(ids: list[int], weights: np.ndarray, ends: list[int], kinds: np.ndarray, row: int) -> Draft:
+    """A draft whose targets are the tokens of a weight above 0. The first token is never a target."""
+    weights[:1] = 0
+    targets = weights > 0
+    plain = bool((weights[targets] == 1).all())
+    return Draft(Document(np.array(ids, dtype=np.int32), targets, row, tuple(ends), None if plain else weights), kinds)
 
 
 def _first(text: str, offsets: np.ndarray, start: int) -> int:
@@ -246,23 +323,19 @@ def _first(text: str, offsets: np.ndarray, start: int) -> int:
     return first + bool(straddles and not text[start : ends[first]].strip())
 
 
-def _kinds(chat: Conversation, text: str, offsets: np.ndarray) -> np.ndarray:
+def _kinds(messages: list[Message], text: str, offsets: np.ndarray) -> np.ndarray:
     """For every token the code of the role whose content it carries."""
     kinds = np.full(len(offsets), _CODE["template"])
     end = 0
-    for message in chat.messages:
-        content = message["content"].strip()
-        begin = text.find(content, end)
-        if content and begin >= 0:
-            end = begin + len(content)
-            kinds[(offsets[:, 1] > begin) & (offsets[:, 0] < end)] = _CODE[message["role"]]
+    for message in messages:
+        for part in (*(message.get(key, "") for key in REASONING), message.get("content", "")):
+            content = part.strip()
+            begin = text.find(content, end)
+            if content and begin >= 0:
+                end = begin + len(content)
+                kinds[(offsets[:, 1] > begin) & (offsets[:, 0] < end)] = _CODE[message["role"]]
     return kinds
 
 
 def _tally(kinds: np.ndarray) -> Counter[str]:
     return Counter({_KINDS[code]: int(n) for code, n in enumerate(np.bincount(kinds)) if n})
-
-
-def _dropped(reason: str, length: int, cut: np.ndarray | None = None) -> Rendered:
-    nothing = np.zeros(0, dtype=np.int64)
-    return Rendered(None, reason, length, nothing if cut is None else cut, Counter(), Counter())

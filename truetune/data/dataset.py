@@ -15,7 +15,7 @@ import numpy as np
 
 from truetune.data import formats
 from truetune.data.batch import Document
-from truetune.data.chat import Rendered, Renderer
+from truetune.data.chat import Rendered, Renderer, require_fit
 from truetune.data.sources import Row, Rows, canonical
 from truetune.errors import UserError
 
@@ -29,8 +29,9 @@ class DataReport:
     targets_cut: targets lost to that, those of dropped rows among them. Every other target is in
                  ``targets``: the rows held ``targets + targets_cut``.
     dropped:     rows by the reason why they are no document.
+    notes:       rows by what had to be done to render them, or what the template added.
     empty:       answers of the documents without a visible character, of which only the end is learned.
-    document_digest: SHA-256 of the documents' tokens and targets.
+    document_digest: SHA-256 of the documents' tokens, targets and weights.
     """
 
     source: str
@@ -44,6 +45,7 @@ class DataReport:
     truncated: int
     targets_cut: int
     dropped: dict[str, int]
+    notes: dict[str, int]
     shortest: int
     median: float
     mean: float
@@ -54,8 +56,10 @@ class DataReport:
     document_digest: str
 
 
-def tokenize(rows: Rows, form: str, renderer: Renderer, cut_limit: float) -> tuple[list[Document], DataReport]:
-    """The documents of the rows, in their order. ``form`` is a key of ``FORMATS`` or "auto".
+def tokenize(
+    rows: Rows, form: str, renderer: Renderer, cut_limit: float, weight: str | None = "weight"
+) -> tuple[list[Document], DataReport]:
+    """The documents of the rows, in their order. ``form`` is a key of ``FORMATS`` or "auto"; ``weight`` a column.
 
     Raises UserError, naming the source and the row, for a row that is not of the format; if truncation
     cuts more than ``cut_limit`` (a share) of the targets; if no row has anything to learn.
@@ -63,12 +67,15 @@ def tokenize(rows: Rows, form: str, renderer: Renderer, cut_limit: float) -> tup
     if form == "auto":
         form = formats.detect(rows.rows[0])
     try:
-        examples = [formats.read(form, row, i) for i, row in zip(rows.numbers, rows.rows, strict=True)]
-        rendered = [renderer.document(example, i) for i, example in zip(rows.numbers, examples, strict=True)]
+        examples = [formats.read(form, row, i, weight) for i, row in zip(rows.numbers, rows.rows, strict=True)]
+        rendered = [renderer.documents(example, i) for i, example in zip(rows.numbers, examples, strict=True)]
     except UserError as fault:
         raise UserError(f"{rows.name}: {fault}") from fault
-    _check_cut(rows, rendered, renderer.max_length, cut_limit)
-    documents = [r.document for r in rendered if r.document is not None]
+    if renderer.too_long == "error":
+        require_fit(rows.name, rows.numbers, rendered, renderer.max_length)
+    elif renderer.too_long == "truncate":
+        _check_cut(rows, rendered, renderer.max_length, cut_limit)
+    documents = [document for r in rendered for document in r.documents]
     dropped = Counter(r.dropped for r in rendered if r.dropped is not None)
     if not documents:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
@@ -86,6 +93,7 @@ def tokenize(rows: Rows, form: str, renderer: Renderer, cut_limit: float) -> tup
         truncated=sum(r.length > renderer.max_length for r in rendered),
         targets_cut=sum(len(r.cut) for r in rendered),
         dropped=dict(dropped),
+        notes=dict(Counter(note for r in rendered for note in sorted(r.notes))),
         shortest=int(lengths.min()),
         median=float(np.median(lengths)),
         mean=float(lengths.mean()),
@@ -95,8 +103,8 @@ def tokenize(rows: Rows, form: str, renderer: Renderer, cut_limit: float) -> tup
         empty=sum(
             not answer.strip()
             for example, r in zip(examples, rendered, strict=True)
-            if r.document is not None
-            for answer in formats.answers(example)
+            if r.documents
+            for answer in formats.answers(renderer.chosen(example))
         ),
         document_digest=_digest(documents),
     )
@@ -108,6 +116,8 @@ def _digest(documents: Iterable[Document]) -> str:
     digest = hashlib.sha256()
     for document in documents:
         digest.update(f"{len(document)}:".encode() + document.tokens.tobytes() + document.targets.tobytes())
+        if document.weights is not None:
+            digest.update(document.weights.tobytes())
     return digest.hexdigest()
 
 
@@ -121,7 +131,7 @@ def _total(counts: Iterable[Counter[str]]) -> dict[str, int]:
 def _check_cut(rows: Rows, rendered: list[Rendered], max_length: int, cut_limit: float) -> None:
     """Raises UserError if truncation cuts too much, with the least max_length that would not."""
     cut = np.sort(np.concatenate([r.cut for r in rendered]))[::-1]
-    held = len(cut) + sum(r.document.target_count for r in rendered if r.document is not None)
+    held = len(cut) + sum(d.target_count for r in rendered for d in r.documents)
     if len(cut) <= cut_limit * held:
         return
     enough = int(cut[int(cut_limit * held)]) + 1

@@ -1,29 +1,43 @@
-"""What a row means: from its columns to a conversation or a text, with every fault named.
+"""What a row means: from its columns to a conversation, a text or a preference, with every fault named.
 
-The formats are those of TRL's datasets (``messages``, ``prompt`` and ``completion`` as text or as lists of
-messages, ``text``). Left out: preferences, images, and tools, which a row would have to declare to the
-template.
+The formats are those of TRL's datasets (``messages``, ``prompt`` and ``completion`` as text or as lists of messages,
+``text``, preferences), ShareGPT's ``conversations`` and Alpaca's ``instruction``, ``input`` and ``output``. Where the
+columns fit several, the first of ``FORMATS`` is taken. Left out: images and audio.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+from truetune.data.messages import REASONING, Message, Weights, conversation, refuse, shown, string, tools, weight_of
 from truetune.errors import UserError
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Chat messages. The assistant turns from number ``context`` on are to be learned."""
+    """Chat messages. The assistant turns from number ``context`` on are to be learned.
 
-    messages: list[dict[str, Any]]
+    tools:   JSON schemas that the template is to declare, or None.
+    weights: of every message; only those of assistant turns matter. None: all 1.
+    """
+
+    messages: list[Message]
     context: int = 0
+    tools: list[Message] | None = None
+    weights: Weights | None = None
+
+    def weight(self, turn: int) -> float:
+        return 1.0 if self.weights is None else self.weights[turn]
+
+    @property
+    def learned(self) -> list[int]:
+        """Numbers of the turns that are to be learned; a turn of weight 0 is context."""
+        turns = range(self.context, len(self.messages))
+        return [i for i in turns if self.messages[i]["role"] == "assistant" and self.weight(i)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +46,38 @@ class Text:
 
     prompt: str | None
     completion: str
+    weight: float = 1.0
 
 
-Example = Conversation | Text
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt, of which the first is the better. Both have the prompt as their context."""
+
+    chosen: Conversation | Text
+    rejected: Conversation | Text
+
+
+Example = Conversation | Text | Preference
 
 
 def question(example: Example) -> str:
     """What the example asks, for people to read: the last user message before its first trained turn, or the prompt."""
+    if isinstance(example, Preference):
+        return question(example.chosen)
     if isinstance(example, Text):
         return example.prompt or ""
-    asked = ""
-    for i, message in enumerate(example.messages):
-        if message["role"] == "assistant" and i >= example.context:
-            break
-        if message["role"] == "user":
-            asked = message["content"]
-    return asked
+    before = example.messages[: next(iter(example.learned), None)]
+    return next((str(m["content"]) for m in reversed(before) if m["role"] == "user"), "")
 
 
 def answers(example: Example) -> list[str]:
-    """What is to be learned, turn by turn."""
+    """What is to be learned, turn by turn: content, reasoning and calls."""
+    if isinstance(example, Preference):
+        return answers(example.chosen)
     if isinstance(example, Text):
         return [example.completion]
-    return [m["content"] for m in example.messages[example.context :] if m["role"] == "assistant"]
+    turns = (example.messages[i] for i in example.learned)
+    return ["".join(str(turn.get(key, "")) for key in ("content", *REASONING, "tool_calls")) for turn in turns]
 
 
 class Format(NamedTuple):
@@ -74,79 +97,121 @@ def detect(columns: Iterable[str]) -> str:
     )
 
 
-def read(form: str, row: Row, number: int) -> Example:
-    """The example in one row. Raises UserError that names the row and its fault."""
+def read(form: str, row: Row, number: int, weight: str | None = "weight") -> Example:
+    """The example in one row. Raises UserError that names the row and its fault.
+
+    weight: the column of the row's weight, which multiplies those of its messages; a row without it weighs 1.
+    """
     missing = [c for c in FORMATS[form].columns if c not in row]
     if missing:
         refuse(number, f"the column {missing[0]} is missing", "every row needs the columns of the first")
-    if row.get("tools"):
-        refuse(number, "it declares tools, which would not be shown to the model", "remove them")
-    return FORMATS[form].read(row, number)
+    example = FORMATS[form].read(row, number)
+    if declared := tools(row.get("tools"), number):
+        if not isinstance(example, Conversation):
+            refuse(number, f"it declares tools, which {form} does not show to the model", "remove them")
+        example = replace(example, tools=declared)
+    value = None if weight is None else row.get(weight)
+    return example if value is None else _times(example, weight_of(value, str(weight), number), number)
+
+
+def _times(example: Example, factor: float, number: int) -> Example:
+    if isinstance(example, Preference):
+        refuse(number, "it is a preference with a weight, which has no meaning yet", "set data.weight_column=none")
+    if isinstance(example, Text):
+        return replace(example, weight=factor)
+    weights = example.weights or (1.0,) * len(example.messages)
+    return replace(example, weights=_told([factor * w for w in weights]))
+
+
+def _told(weights: Iterable[float]) -> Weights | None:
+    """None where all that is learned weighs the same as without weights."""
+    found = tuple(weights)
+    return None if all(w == 1 for w in found) else found
+
+
+def _conversation(messages: list[Message], weights: Weights, where: str, number: int, context: int = 0) -> Conversation:
+    """The messages as an example; ``weights`` of other roles are set to 1, so that they say nothing."""
+    if not any(m["role"] == "assistant" for m in messages[context:]):
+        refuse(number, f"{where} has no assistant turn, so nothing to learn", "add one or remove the row")
+    found = (w if m["role"] == "assistant" else 1.0 for m, w in zip(messages, weights, strict=True))
+    return Conversation(messages, context, weights=_told(found))
 
 
 def _read_messages(row: Row, number: int) -> Example:
-    messages = _messages(row["messages"], "messages", number)
-    if not any(m["role"] == "assistant" for m in messages):
-        refuse(number, "it has no assistant turn, so nothing to learn", "add one or remove the row")
-    return Conversation(messages)
+    return _conversation(*conversation(row["messages"], "messages", number), "it", number)
+
+
+def _read_sharegpt(row: Row, number: int) -> Example:
+    messages, weights = conversation(row["conversations"], "conversations", number)
+    before = _system(row, number)
+    if before and messages[0]["role"] in ("system", "developer"):
+        refuse(number, "it has a system column and a system turn", "keep one")
+    return _conversation(before + messages, (0.0,) * len(before) + weights, "it", number)
+
+
+def _read_alpaca(row: Row, number: int) -> Example:
+    asked = [string(row["instruction"], "instruction", number)]
+    if row.get("input"):
+        asked.append(string(row["input"], "input", number))
+    messages = _system(row, number)
+    past = row.get("history") or []
+    if not isinstance(past, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in past):
+        refuse(number, "history is no list of pairs", "give [question, answer] for every earlier turn")
+    for i, pair in enumerate([*past, ("\n".join(asked), row["output"])]):
+        where = f"history[{i}]" if i < len(past) else "output"
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": string(text, where, number)})
+    return Conversation(messages, context=len(messages) - 1)
+
+
+def _system(row: Row, number: int) -> list[Message]:
+    return [{"role": "system", "content": string(row["system"], "system", number)}] if row.get("system") else []
 
 
 def _read_prompt_completion(row: Row, number: int) -> Example:
-    prompt, completion = row["prompt"], row["completion"]
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        return Text(_string(prompt, "prompt", number), _string(completion, "completion", number))
-    context = _messages(prompt, "prompt", number)
-    answer = _messages(completion, "completion", number)
-    if not any(m["role"] == "assistant" for m in answer):
-        refuse(number, "its completion has no assistant turn", "add one or remove the row")
-    return Conversation(context + answer, context=len(context))
+    return _answered(row["prompt"], row["completion"], "completion", number)
+
+
+def _answered(prompt: Any, answer: Any, column: str, number: int) -> Conversation | Text:
+    """Prompt and answer, both text or both messages."""
+    if not isinstance(prompt, list) and not isinstance(answer, list):
+        return Text(string(prompt, "prompt", number), string(answer, column, number))
+    before, weights = conversation(prompt, "prompt", number)
+    after, more = conversation(answer, column, number)
+    return _conversation(before + after, weights + more, f"its {column}", number, context=len(before))
 
 
 def _read_text(row: Row, number: int) -> Example:
-    return Text(None, _string(row["text"], "text", number))
+    return Text(None, string(row["text"], "text", number))
 
 
-def _messages(value: Any, column: str, number: int) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        refuse(number, f"{column} is {_shown(value)}", "give a list of messages with role and content")
-    for i, message in enumerate(value):
-        where = f"{column}[{i}]"
-        if not isinstance(message, dict):
-            refuse(number, f"{where} is {_shown(message)}", "give an object with role and content")
-        if message.get("role") not in ROLES:
-            refuse(number, f"{where} has the role {message.get('role')!r}", f"use one of {', '.join(ROLES)}")
-        _string(message.get("content"), f"{where}.content", number)
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
-
-
-def _string(value: Any, where: str, number: int) -> str:
-    if not isinstance(value, str):
-        refuse(number, f"{where} is {_shown(value)}", "give a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        refuse(number, f"{where} holds half of a surrogate pair, which is no text", "repair its encoding")
-    return value
-
-
-def _shown(value: Any) -> str:
-    if value is None or value in ([], {}):
-        return "empty"
-    return f"a {type(value).__name__}"
-
-
-def place(number: int) -> str:
-    """How a fault names its row."""
-    return f"row {number} (the first is 0)"
-
-
-def refuse(number: int, fault: str, advice: str) -> NoReturn:
-    """Raise the UserError of a row: what is wrong with it, and what to do."""
-    raise UserError(f"{place(number)}: {fault}; {advice}")
+def _read_preference(row: Row, number: int) -> Example:
+    """With a prompt of its own, or with the messages that both answers begin with as the prompt."""
+    prompt, (chosen, rejected) = row.get("prompt"), (row["chosen"], row["rejected"])
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        refuse(number, f"chosen is {shown(chosen)} and rejected {shown(rejected)}", "give both in one form")
+    if isinstance(prompt, str) and isinstance(chosen, list):  # often repeated as the first message of both
+        opening = {"role": "user", "content": prompt}
+        repeated = chosen[:1] == rejected[:1] == [opening]
+        prompt = None if repeated else [opening]
+    if prompt is not None:
+        return Preference(*(_answered(prompt, row[side], side, number) for side in ("chosen", "rejected")))
+    if not isinstance(chosen, list):
+        return Preference(*(Text(None, string(row[side], side, number)) for side in ("chosen", "rejected")))
+    (a, a_weights), (b, b_weights) = (conversation(row[side], side, number) for side in ("chosen", "rejected"))
+    shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return Preference(
+        _conversation(a, a_weights, "chosen", number, context=shared),
+        _conversation(b, b_weights, "rejected", number, context=shared),
+    )
 
 
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), _read_messages),
+    "preference": Format(("chosen", "rejected"), _read_preference),
+    "sharegpt": Format(("conversations",), _read_sharegpt),
+    "alpaca": Format(("instruction", "output"), _read_alpaca),
     "prompt-completion": Format(("prompt", "completion"), _read_prompt_completion),
     "text": Format(("text",), _read_text),
 }
+"""Every format by its name, in the order in which columns are tried."""

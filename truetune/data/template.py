@@ -11,6 +11,7 @@ as dividing numbers with millions of digits, which only a process of its own wou
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jinja2
 
@@ -39,30 +40,45 @@ MEMORY = 1 << 29
 CHARACTERS = 1 << 18
 """Characters that a rendering may have, beside four for every one of its messages."""
 
+Span = tuple[int, int]  # from the first character to the one after the last
 Done = TypeVar("Done")
 _ADVICE = "use a template that comes with the model, or shorten what it is given"
+
+
+_MARKS = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+
+
+class Rendering(NamedTuple):
+    """text, and the spans that the template marks as generated; None if it marks nothing anywhere."""
+
+    text: str
+    marks: list[Span] | None
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     where: str,
-    template: str | None = None,
+    template: str,
     prompt: bool = False,
-) -> str:
+    tools: list[dict[str, Any]] | None = None,
+) -> Rendering:
     """The messages as text, with the generation prompt if ``prompt``; to be called within ``bounded``.
 
-    template: in place of the tokenizer's own.
     Raises UserError, which begins with ``where``, for whatever keeps the template from it.
     """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
-        template = template or tokenizer.get_chat_template()
         _refuse_powers(template)
-        text = cast(
-            str,
-            tokenizer.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
-            ),
+        marked = bool(_MARKS.search(template))
+        (text,), spans = render_jinja_template(
+            [messages],
+            tools,
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
+            add_generation_prompt=prompt,
+            **tokenizer.special_tokens_map,
         )
         text.encode()  # half of a surrogate pair is no text
     except (MemoryError, RecursionError):
@@ -70,10 +86,10 @@ def render(
     except Exception as fault:  # a template is a program, and may raise anything
         reason = " ".join(str(fault).split()).rstrip(".;") or type(fault).__name__
         raise UserError(f"{where}: the chat template refuses it: {reason[:300]}; change or remove it") from fault
-    most = CHARACTERS + 4 * sum(len(message["content"]) for message in messages)
+    most = CHARACTERS + 4 * len(str(messages)) + 4 * len(str(tools))
     if len(text) > most:
         raise UserError(f"{where}: the chat template writes {len(text):,} characters, above {most:,}; {_ADVICE}")
-    return text
+    return Rendering(text, spans[0] if marked else None)
 
 
 def bounded(where: str, work: Callable[[], Done]) -> Done:

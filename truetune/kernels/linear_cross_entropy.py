@@ -1,6 +1,7 @@
 """Head and cross-entropy in one: the loss of hidden states against a classifier, without a logits matrix.
 
     logits = softcap * tanh(scale * (h W^T + b) / softcap)        loss = logsumexp(logits) - logits[label]
+    total = sum over rows of (weight of the row) * loss
 
 The equal goes over the rows in chunks of a fixed number of bytes and computes loss and gradients in the same
 pass: the gradient of the sum is known up to one factor, grad_output, which the backward multiplies in. So
@@ -33,7 +34,7 @@ CHUNK_BYTES = 96 << 20
 
 
 class LossTerms(NamedTuple):
-    """total: differentiable sum, a scalar of at least fp32. losses_N: the rows' losses, detached (nats).
+    """total: differentiable weighted sum, a scalar of at least fp32. losses_N: the rows' losses, unweighted, detached.
     correct_N: bool; whether the label's logit is above every other's (a tie is no hit), detached."""
 
     total: Tensor
@@ -49,12 +50,14 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    weights_N: Tensor | None = None,
 ) -> LossTerms:
-    """Summed cross-entropy of rows of hidden states under a linear head.
+    """Summed cross-entropy (nats) of rows of hidden states under a linear head.
 
     hidden_ND, weight_VD and bias_V are fp32 or bf16 of one dtype, or any under autocast; labels_N are int64
-    class ids in [0, V). Without rows the total is 0 and so are its gradients. Gradients come back in the
-    inputs' dtypes, and only for inputs that require them; the equals allow one backward per forward.
+    class ids in [0, V); weights_N is float32, what each row's loss counts for (None: 1), and gets no gradient.
+    Without rows the total is 0 and so are its gradients. Gradients come back in the inputs' dtypes, and only for
+    inputs that require them; the equals allow one backward per forward.
     Raises ValueError if the dtypes differ outside autocast.
     """
     logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
@@ -65,7 +68,8 @@ def linear_cross_entropy(
     index_N1 = labels_N[:, None]
     rivals_NV = logits_NV.detach().scatter(1, index_N1, -math.inf)
     correct_N = logits_NV.detach().gather(1, index_N1)[:, 0] > rivals_NV.amax(1)
-    return LossTerms(losses_N.sum(), losses_N.detach(), correct_N)
+    weighted_N = losses_N if weights_N is None else losses_N * weights_N.detach()
+    return LossTerms(weighted_N.sum(), losses_N.detach(), correct_N)
 
 
 @linear_cross_entropy.on("cpu", "cuda")
@@ -76,9 +80,10 @@ def _chunked(
     bias_V: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    weights_N: Tensor | None = None,
 ) -> LossTerms:
     gradients = torch.is_grad_enabled()
-    return LossTerms(*_Chunked.apply(hidden_ND, weight_VD, bias_V, labels_N, scale, softcap, gradients))
+    return LossTerms(*_Chunked.apply(hidden_ND, weight_VD, bias_V, labels_N, weights_N, scale, softcap, gradients))
 
 
 class _Chunked(torch.autograd.Function):
@@ -89,6 +94,7 @@ class _Chunked(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         labels_N: Tensor,
+        weights_N: Tensor | None,
         scale: float,
         softcap: float | None,
         gradients: bool,
@@ -97,7 +103,7 @@ class _Chunked(torch.autograd.Function):
         dtype = compute_dtype(hidden_ND, weight_VD)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             sweep = _Sweep(weight_VD.to(dtype), bias_V, scale, softcap, len(hidden_ND))
-            losses_N, correct_N, found = sweep(hidden_ND, labels_N, wanted)
+            losses_N, correct_N, found = sweep(hidden_ND, labels_N, weights_N, wanted)
         grad_hidden_ND, grad_weight_VD, grad_bias_V = found
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
@@ -105,7 +111,8 @@ class _Chunked(torch.autograd.Function):
             grad_bias_V = grad_bias_V.to(bias_V.dtype)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.mark_non_differentiable(losses_N, correct_N)
-        return losses_N.sum(), losses_N, correct_N
+        weighted_N = losses_N if weights_N is None else losses_N * weights_N
+        return weighted_N.sum(), losses_N, correct_N
 
     @staticmethod
     @once_differentiable
@@ -113,7 +120,7 @@ class _Chunked(torch.autograd.Function):
         # In place, since the weight's gradient can be the largest tensor of a run. Autograd's version
         # counter makes a second backward through the same graph an error rather than a wrong gradient.
         scaled = (None if g is None else g.mul_(grad_total) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 class _Sweep:
@@ -134,7 +141,7 @@ class _Sweep:
         self.slope_CV = None if softcap is None else weight_VD.new_empty(shape, dtype=work)
 
     def __call__(
-        self, hidden_ND: Tensor, labels_N: Tensor, wanted: tuple[bool, ...]
+        self, hidden_ND: Tensor, labels_N: Tensor, weights_N: Tensor | None, wanted: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         """Losses, hits, and the gradients of hidden, weight and bias that are wanted."""
         for_hidden, for_weight, for_bias = wanted
@@ -151,6 +158,8 @@ class _Sweep:
             if not any(wanted):
                 continue
             self._to_gradient(work_CV, labels_C1)
+            if weights_N is not None:
+                work_CV.mul_(weights_N[part, None])
             if grad_hidden_ND is not None:
                 logits_CV = self.logits_CV[: len(hidden_CD)]
                 if logits_CV.dtype != work:

@@ -17,8 +17,8 @@ from truetune.models.wrap import CausalLM
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """total: differentiable sum of the loss over the batch (nats); losses [N] and correct [N]: the loss of
-    each target token and whether the greedy token is right, detached, in the order of the batch."""
+    """total: differentiable sum of weighted losses over the batch (nats); losses [N] and correct [N]: the loss of
+    each target token, unweighted, and whether the greedy token is right, detached, in the order of the batch."""
 
     total: Tensor
     losses: Tensor

@@ -49,7 +49,7 @@ def isolation(ground: Ground) -> Verdict:
     twin, objective = ground.twin, ground.trainer.objective
     mine, other, third = ground.documents[:3]
     a, b = stranger(other, 0), stranger(third, 1)
-    short = replace(a, tokens=a.tokens[: len(a) // 2 + 1], targets=a.targets[: len(a) // 2 + 1])
+    short = a.part(0, len(a) // 2 + 1)
     length = 2 * len(mine) + len(a)
     long = replace(a, tokens=np.resize(a.tokens, length), targets=np.resize(a.targets, length))
     packs = {
@@ -95,7 +95,7 @@ def parity(ground: Ground) -> Verdict:
 def stranger(document: Document, seed: int) -> Document:
     """Its tokens in another order, and nothing to learn."""
     tokens = np.random.default_rng(seed).permutation(document.tokens)
-    return replace(document, tokens=tokens, targets=np.zeros_like(document.targets), ends=())
+    return replace(document, tokens=tokens, targets=np.zeros_like(document.targets), ends=(), weights=None)
 
 
 def measure(model: CausalLM, objective: Objective, packs: Sequence[Sequence[Document]]) -> tuple[float, Gradient]:
@@ -108,15 +108,17 @@ def measure(model: CausalLM, objective: Objective, packs: Sequence[Sequence[Docu
 def plain(model: CausalLM, documents: Sequence[Document]) -> tuple[float, Gradient]:
     """The same from logits of the plain Hugging Face model, one document at a time, eager attention."""
     model.zero_grad(set_to_none=True)
-    count, loss = sum(d.target_count for d in documents), 0.0
+    weights = [np.ones(len(d), np.float32) if d.weights is None else d.weights for d in documents]
+    count, loss = sum(float(w[d.targets].astype(float).sum()) for d, w in zip(documents, weights, strict=True)), 0.0
     with model.as_published("eager") as hf, unfused(hf):
-        for document in documents:
+        for document, weight in zip(documents, weights, strict=True):
             tokens = torch.from_numpy(document.tokens.astype(np.int64)).to(model.device)
             wanted = torch.from_numpy(document.targets[1:]).to(model.device)
             with model.autocast():
                 logits = hf(input_ids=tokens[None], use_cache=False).logits[0, :-1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            share = F.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="sum") / count
+            losses = F.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="none")
+            share = (losses * torch.from_numpy(weight[1:]).to(model.device)[wanted]).sum() / count
             share.backward()
             loss += float(share.detach())
     return loss, _taken(model)

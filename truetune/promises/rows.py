@@ -35,26 +35,39 @@ class Recount:
 
     held: int
     kept: int
+    documents: int
     dropped: int
     truncated: int
     by_role: Counter[str]
 
 
 def recount(ground: Ground, part: Part) -> Recount:
-    limit = ground.recipe.data.max_length
-    endless = Renderer(ground.job.loaded.tokenizer, ground.job.loaded.stop_ids, 1 << 62)
-    held = kept = dropped = truncated = 0
+    data = ground.recipe.data
+    endless = Renderer(ground.job.loaded.tokenizer, ground.job.loaded.stop_ids, 1 << 62, data.targets)
+    held = kept = documents = dropped = truncated = 0
     by_role: Counter[str] = Counter()
     for number, row in zip(part.rows.numbers, part.rows.rows, strict=True):
-        rendered = endless.document(formats.read(part.report.format, row, number), number)
-        targets = rendered.document.targets if rendered.document else np.zeros(0, dtype=bool)
-        held += int(targets.sum())
-        kept += int(targets[:limit].sum())
-        dropped += not targets[:limit].any()
-        truncated += rendered.length > limit
-        if rendered.document and rendered.length <= limit:
+        rendered = endless.documents(formats.read(part.report.format, row, number, data.weight_column), number)
+        pieces = [piece for d in rendered.documents for piece in _pieces(d.targets, data.max_length, data.too_long)]
+        held += sum(d.target_count for d in rendered.documents)
+        kept += sum(int(piece.sum()) for piece in pieces)
+        documents += len(pieces)
+        dropped += not pieces
+        truncated += rendered.length > data.max_length
+        if rendered.length <= data.max_length:
             by_role.update(rendered.targets_by_role)
-    return Recount(held, kept, dropped, truncated, by_role)
+    return Recount(held, kept, documents, dropped, truncated, by_role)
+
+
+def _pieces(targets: np.ndarray, limit: int, too_long: str) -> list[np.ndarray]:
+    """The targets of each document that is made of one with ``targets``, where it has any."""
+    if len(targets) <= limit:
+        pieces = [targets]
+    elif too_long == "split":  # the first token of all but the first piece is the last of the one before
+        pieces = [targets[:limit], *(targets[i : i + limit - 1] for i in range(limit, len(targets), limit - 1))]
+    else:
+        pieces = [targets[:limit]] if too_long == "truncate" else []
+    return [piece for piece in pieces if piece.any()]
 
 
 def conservation(ground: Ground) -> Verdict:
@@ -66,7 +79,7 @@ def conservation(ground: Ground) -> Verdict:
             side,
             targets=(report.targets, count.kept),
             cut=(report.targets_cut, count.held - count.kept),
-            documents=(report.documents, report.rows - count.dropped),
+            documents=(report.documents, count.documents),
             tokens=(sum(report.tokens_by_role.values()), sum(map(len, part.documents))),
             roles=(sum(report.targets_by_role.values()), count.kept),
         )

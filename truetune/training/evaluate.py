@@ -21,7 +21,7 @@ PROMPT_OF_TEXT = 16
 
 
 class Evaluator:
-    """Loss per target token over ``documents``, packed into batches of at most ``capacity`` tokens."""
+    """Loss per target token over ``documents``, packed into batches of at most ``capacity`` tokens; no weights."""
 
     def __init__(self, documents: Sequence[Document], capacity: int, objective: Objective) -> None:
         self.documents = documents
@@ -33,19 +33,19 @@ class Evaluator:
         started = time.perf_counter()
         training = model.training
         model.eval()
-        total, count, right, tokens = 0.0, 0.0, 0, 0
+        total, count, right, tokens = 0.0, 0, 0, 0
         for pack in self.packs:
             batch = Batch.of([self.documents[i] for i in pack], model.device)
             terms = self.objective(model, batch)
             total += float(terms.losses.double().sum())
             right += int(terms.correct.sum())
-            count += self.objective.count(batch)
+            count += len(terms.losses)
             tokens += len(batch.tokens)
         model.train(training)
         loss = total / count
         perplexity = math.exp(loss) if loss < 700 else math.inf
         seconds = time.perf_counter() - started
-        return Evaluation(step, loss, perplexity, right / count, tokens, int(count), seconds)
+        return Evaluation(step, loss, perplexity, right / count, tokens, count, seconds)
 
 
 class Sampler:

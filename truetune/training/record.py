@@ -47,8 +47,9 @@ class Checks:
 class Step:
     """One optimizer step.
 
-    loss is the mean over the step's target tokens, before the update (nats); gradient_norm the L2 norm
-    before clipping; rate the learning rate of the group that is furthest from its plan (else of the
+    loss is the mean over the step's target tokens, weighted where they have weights, before the update (nats);
+    gradient_norm the L2 norm before clipping;
+    rate the learning rate of the group that is furthest from its plan (else of the
     fastest), as the optimizer used it, and planned what
     the schedule says it should be; seconds the wall time of the step;
     memory the resident bytes of the process; tokens_per_second counts real tokens (nothing is padding)
@@ -72,7 +73,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out loss per target token (nats), perplexity, and accuracy of the greedy next token."""
+    """Held-out loss per target token (nats), perplexity, and accuracy of the greedy next token.
+
+    Every target counts once, whatever its weight: weights say what to learn, not how well it was learned.
+    """
 
     kind: ClassVar[str] = "evaluation"
     step: int

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from truetune.data.batch import Batch, Document
+from truetune.data.batch import IGNORE, Batch, Document
 from truetune.data.stream import Stream
 from truetune.errors import UserError
 from truetune.models.wrap import CausalLM
@@ -151,7 +151,7 @@ class Trainer:
             planned=factor * furthest["peak"],
             gradient_norm=float(norm),
             tokens=tokens,
-            targets=int(sum(self.objective.count(b) for b in batches)),
+            targets=sum(int((b.labels != IGNORE).sum()) for b in batches),
             documents=sum(len(b.lengths) for b in batches),
             micro_batches=len(batches),
             seconds=seconds,
@@ -253,6 +253,8 @@ class Trainer:
                 f"{i}/labels": b.labels,
                 f"{i}/lengths": torch.tensor(b.lengths),
             }
+            if b.weights is not None:
+                tensors[f"{i}/weights"] = b.weights
         rows = [self.documents[i].row for i in self.stream.step(self.step)]
         facts = {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}
         weights, state = self.state()

@@ -22,7 +22,7 @@ MACRO = "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"
 
 def document(text: str) -> int:
     words = tokenizer(text)
-    made = Renderer(words, frozenset([words.eos_token_id]), 64).document(formats.read("messages", chats(1)[0], 7), 7)
+    made = Renderer(words, frozenset([words.eos_token_id]), 64).documents(formats.read("messages", chats(1)[0], 7), 7)
     return made.length
 
 
@@ -100,4 +100,4 @@ def test_a_long_row_may_be_written_out_in_full() -> None:
     words = tokenizer()
     row = {"messages": [{"role": "user", "content": "a b " * 100_000}, {"role": "assistant", "content": "c"}]}
     renderer = Renderer(words, frozenset([words.eos_token_id]), 1 << 20)
-    assert renderer.document(formats.read("messages", row, 0)).length > 100_000
+    assert renderer.documents(formats.read("messages", row, 0)).length > 100_000
