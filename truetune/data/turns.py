@@ -8,9 +8,10 @@ with the turn.
 1. Where ``prompt`` is a prefix of ``whole``, the answer is the rest.
 2. Where it is not, because the generation prompt holds something that no rendered turn has (an empty thought), or
    because the template renders the last question in a way of its own, the answer starts where two renderings with
-   different contents first differ, else where the template's ``{% generation %}`` mark stands, and it is put behind
-   ``prompt``: again what the model would continue.
-3. Where a template has such marks, they have to tell the same answer as the renderings.
+   different contents first differ, and is put behind ``prompt``: again what the model would continue.
+3. Where these do not differ in that way either, the template's ``{% generation %}`` mark, if it has one, tells where
+   the answer starts in ``whole``. Everywhere else a mark has to contain the answer; what it has before that is given
+   by the generation prompt, and is not learned.
 
 If every answer's text is a prefix of the full rendering, the conversation is one document. If not, since the
 template rewrites earlier turns when others follow, it is *unrolled*: one document per answer, which ends with it.
@@ -30,8 +31,8 @@ from truetune.data.template import Rendering, Span
 from truetune.errors import UserError
 
 UNROLLED = "unrolled: one document per answer, since the template rewrites earlier turns"
-CONTINUED = "put behind the generation prompt, which no rendered turn contains"
-MARKED = "found by the generation marks of the template"
+CONTINUED = "answers put behind the generation prompt, which the rendered turn does not contain"
+MARKED = "answers found by the generation marks of the template"
 
 Render = Callable[[list[Message], bool], Rendering]
 
@@ -92,45 +93,43 @@ class Turns:
         prompt = self._render(before, True) if before else None
         marks = whole.marks[len(prompt.marks if prompt else ()) :] if whole.marks is not None else None
         text = whole.text
-        continues = prompt is not None and text.startswith(prompt.text)
-        start = len(prompt.text) if prompt and continues else self._start(turn, text, marks)
+        if prompt and text.startswith(prompt.text):
+            start = len(prompt.text)
+        elif (probed := self._probed(turn, text)) is not None:
+            start = probed
+        elif marks:
+            start, prompt = marks[0][0], None
+            self.notes.add(MARKED)
+        else:
+            refuse(
+                self.row,
+                f"the chat template renders turn {turn} differently by its content, so its answer cannot be told apart",
+                "use a template with {% generation %} marks",
+            )
         if marks is not None:
             self._require_agreement(turn, text, start, marks)
-        if prompt and not continues:
+        if prompt and not text.startswith(prompt.text):
             self._require_closed(turn, prompt.text, text, start)
             text, start = prompt.text + text[start:], len(prompt.text)
             self.notes.add(CONTINUED)
         self._require_shown(turn, text[start:])
         return text, Answer(start, len(text), self.chat.weight(turn))
 
-    def _start(self, turn: int, whole: str, marks: list[Span] | None) -> int:
-        """Where the answer starts in ``whole``, by two other contents, else by its mark."""
+    def _probed(self, turn: int, whole: str) -> int | None:
+        """Where renderings with two other contents first differ; None if ``whole`` begins in another way."""
         before = self.chat.messages[:turn]
         a, b = (self._render([*before, {"role": "assistant", "content": c}], False).text for c in ("A", "b"))
         start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-        if start is not None and whole.startswith(a[:start]):
-            return start
-        if not marks:
-            refuse(
-                self.row,
-                f"the chat template renders turn {turn} differently by its content, so its answer cannot be told apart",
-                "use a template with {% generation %} marks",
-            )
-        self.notes.add(MARKED)
-        return marks[0][0]
+        return start if start is not None and whole.startswith(a[:start]) else None
 
     def _require_agreement(self, turn: int, whole: str, start: int, marks: list[Span]) -> None:
-        """The marks of the turn begin with its answer, and leave out no more than spaces and what stops it."""
+        """The marks of the turn contain its answer, but for spaces and what stops it."""
         if not marks:
             refuse(self.row, f"the template's generation marks leave out turn {turn}", "correct the template")
-        first, last = marks[0][0], marks[-1][1]
-        between = whole[min(start, first) : max(start, first)]
-        rest = whole[last:].strip()
-        if between.strip() or (rest and rest not in self._stops):
-            fault = (
-                f"leaves out {rest!r}" if not between.strip() else f"and its generation prompt differ by {between!r}"
-            )
-            refuse(self.row, f"the template's generation mark of turn {turn} {fault}", "correct the template")
+        before, after = whole[start : marks[0][0]].strip(), whole[marks[-1][1] :].strip()
+        if before or after not in ("", *self._stops):
+            fault = f"the template's generation mark of turn {turn} leaves out {before or after!r}"
+            refuse(self.row, fault, "correct the template")
 
     def _require_closed(self, turn: int, prompt: str, whole: str, start: int) -> None:
         """What the generation prompt has beyond the rendered turn opens no tag that the answer leaves open."""
@@ -194,7 +193,7 @@ def spelling(chat: Conversation, render: Callable[[list[Message]], str]) -> tupl
     """The first of ``SPELLINGS`` in which the template shows the first turn that calls tools.
 
     Templates differ in whether they want arguments as an object or as JSON, and no content as "" or as no key; OpenAI's
-    rows have JSON and null. Where none is shown the first is returned, and the turn will be refused.
+    rows have JSON and null. Where none is shown, the turn will be refused.
     """
     first = next((i for i, m in enumerate(chat.messages) if m.get("tool_calls")), None)
     if first is None:
@@ -207,7 +206,7 @@ def spelling(chat: Conversation, render: Callable[[list[Message]], str]) -> tupl
             continue
         if _all_shown(called(message), text):
             return empty, objects
-    return SPELLINGS[0]
+    return SPELLINGS[1]
 
 
 def _with_arguments(call: Message, objects: bool) -> Message:
