@@ -1,8 +1,8 @@
-"""Writes the figures of ``docs/trust.md`` from ``results/trust``, where `make proof` leaves them.
+"""Writes the figures of ``docs/trust.md`` and ``docs/chat-templates.md`` from where `make proof` leaves them.
 
     python tools/trust.py
 
-Everything between the two marks of the page is made anew; the rest is left alone.
+Everything between the two marks of a page is made anew; the rest is left alone.
 """
 
 from __future__ import annotations
@@ -27,14 +27,28 @@ def _spelled(figures: dict[str, int | float | str]) -> str:
     return ("<br>" if any(len(part) > 60 for part in parts) else "; ").join(parts).replace("|", r"\|")
 
 
-def main(page: Path, folder: Path) -> None:
+def templates(file: Path) -> str:
+    """One row per chat template, one column per conversation; a sentence of refusal stands below, by its number."""
+    found: dict[str, dict[str, str]] = json.loads(file.read_bytes())
+    columns = list(next(iter(found.values())))
+    said = sorted({v for row in found.values() for v in row.values() if v.startswith("refused")})
+    lines = ["| template | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in found.items():
+        cells = (f"refused {said.index(row[c]) + 1}" if row[c] in said else row[c] for c in columns)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    reasons = [f"{i}. {text.removeprefix('refused: ')}".replace("<", "&lt;") for i, text in enumerate(said, 1)]
+    return "\n".join([*lines, "", "Refused with the sentence:", "", *reasons])
+
+
+def main(page: Path, figures: str) -> None:
     text = page.read_text(encoding="utf-8")
     before, mark, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (mark and end):
         sys.exit(f"{page} lacks the marks that the figures stand between; restore them")
-    page.write_text(f"{before}{BEGIN}\n\n{table(folder)}\n\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(ROOT / "docs" / "trust.md", ROOT / "results" / "trust")
+    main(ROOT / "docs" / "trust.md", table(ROOT / "results" / "trust"))
+    main(ROOT / "docs" / "chat-templates.md", templates(ROOT / "results" / "chat-templates.json"))

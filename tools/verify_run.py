@@ -8,7 +8,8 @@ taken one at a time, targets are found by rendering, and the loss is a plain sum
 All is computed in fp32. Where a run in bfloat16 told a loss that differs by more than 1e-3 relative, the plain
 model's is computed under bfloat16 as well: rounding moves each target's loss by chance, so two such means may differ by
 three standard errors of what it does to one target, which the line then shows. With few targets that is much. Counts
-must be equal. Exit status 1 when a figure disagrees.
+must be equal. Exit status 1 when a figure disagrees, 2 for what is not known here: weights, tools, unrolled or split
+rows, and other formats than messages, prompt-completion and text.
 """
 
 from __future__ import annotations
@@ -91,6 +92,22 @@ def compared(name: str, said: float, model: Any, documents: list[Spans], dtype: 
     return name, said, found, abs(said - middle) <= bound, remark
 
 
+def beyond(facts: dict, rows: list[dict]) -> str:
+    """What the run did that this verifier does not know how to do; nothing if it knows all."""
+    data = facts["recipe"]["data"]
+    if any(data.get(key) not in (None, known) for key, known in (("targets", "assistant"), ("too_long", "truncate"))):
+        return "it set data.targets or data.too_long"
+    if any(n for part in facts["data"].values() for note, n in part.get("notes", {}).items() if "adds" not in note):
+        return "its chat template needed more than a plain rendering"
+    for row in rows:
+        turns = row.get("messages") or []
+        if not {"messages", "text", "prompt"} & row.keys() or row.get("tools") or row.get(data.get("weight_column")):
+            return "its rows have a format, tools or weights that are not known here"
+        if any(turn.get("tool_calls") or turn.get("weight") is not None for turn in turns):
+            return "its rows call tools or have weights"
+    return ""
+
+
 def main(run: Path) -> int:
     facts = json.loads((run / "run.json").read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -110,6 +127,9 @@ def main(run: Path) -> int:
         rows = [json.loads(line) for line in (run / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
         pairs = [document(tokenizer, row, stops) for row in rows]
         sets[name] = [(ids[:longest], targets[:longest]) for ids, targets in pairs]
+        if missing := beyond(facts, rows):
+            print(f"{run}: cannot be recomputed here: {missing}")
+            return 2
     held_out = sets["evaluation"]
     counts = [
         ("held-out tokens", before["tokens"], sum(len(i) for i, _ in held_out)),

@@ -135,6 +135,9 @@ def choose_rows(recipe: Recipe) -> tuple[Rows, Rows]:
     train = dataset.less(train, evaluation)
     if recipe.data.rows:
         train = dataset.first(train, recipe.data.rows)
+    column = recipe.data.weight_column
+    if "weight_column" in recipe.data.model_fields_set and column and column not in train.rows[0]:
+        raise UserError(f"{train.name} has no column {column}; name the column of the weights in data.weight_column")
     return train, evaluation
 
 

@@ -286,6 +286,8 @@ SECTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "rows": st.none() | count,
         "max_length": st.integers(2, 4096),
         "cut_limit": share,
+        "targets": st.sampled_from(["assistant", "last", "all"]),
+        "weight_column": st.none() | text,
     },
     "evaluation": {"source": st.none() | text, "fraction": share, "samples": st.integers(0, 9)},
     "adapter": {

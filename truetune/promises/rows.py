@@ -54,7 +54,7 @@ def recount(ground: Ground, part: Part) -> Recount:
         documents += len(pieces)
         dropped += not pieces
         truncated += rendered.length > data.max_length
-        if rendered.length <= data.max_length:
+        if rendered.length <= data.max_length or data.too_long == "split":  # all of its targets are kept
             by_role.update(rendered.targets_by_role)
     return Recount(held, kept, documents, dropped, truncated, by_role)
 

@@ -191,6 +191,7 @@ def _data(part: Json) -> list[Row]:
         ("Target tokens cut away", part.get("targets_cut"), partial(_part, whole=held)),
         ("Rows dropped", None if dropped is None else sum(dropped.values()), count),
         *((f"Dropped: {reason}", n, count) for reason, n in (dropped or {}).items()),
+        *((f"Rows: {note}", n, count) for note, n in part.get("notes", {}).items()),
         ("Empty answers", part.get("empty"), count),
         ("Length: shortest, median, mean, longest", None if None in lengths else lengths, _lengths),
     )
