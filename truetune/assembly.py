@@ -66,14 +66,22 @@ class Job:
     evaluation: Part
 
 
-def assemble(recipe: Recipe, folder: Path | None = None) -> Job:
+def _silently(_: str, __: str) -> None:
+    """Tell nobody."""
+
+
+def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, str], object] = _silently) -> Job:
     """Everything that the recipe asks for, ready for ``job.trainer.steps()``.
 
     folder: where checkpoints and failures go; without it the run keeps neither, and ends with its last weights.
+    tell: called with what is begun and on what, since each of these takes seconds or minutes.
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
+    tell("reading", recipe.data.source)
     train_rows, held_out_rows = choose_rows(recipe)
+    tell("loading", recipe.model.path)
     loaded, model = build_model(recipe)
+    tell("tokenising", f"{len(train_rows):,} rows to train on and {len(held_out_rows):,} held out")
     renderer = Renderer(
         loaded.tokenizer, loaded.stop_ids, recipe.data.max_length, recipe.data.targets, recipe.data.too_long
     )

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -23,6 +25,13 @@ if TYPE_CHECKING:
 
 
 class _Commands(TyperGroup):
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command; its line in a list of commands is whole, where click would cut it to fit one line."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:
+            command.short_help = command.help.partition("\n")[0]
+        return command
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -39,6 +48,7 @@ def _group(purpose: str) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
+        context_settings={"max_content_width": 120},
     )
 
 
@@ -51,6 +61,38 @@ RecipeAndKeys = Annotated[
     typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe's file or name, then keys such as train.steps=100."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what is wrong, and where the result is.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, an object a line; words for people go to stderr.")]
+
+
+@contextmanager
+def _standard_output(for_json: bool) -> Iterator[TextIO | None]:
+    """Standard output if JSON is to be all that is there: whatever else is printed goes to standard error."""
+    if not for_json:
+        yield None
+        return
+    stream = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield stream
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from truetune import __version__
+
+        typer.echo(f"truetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -67,6 +109,8 @@ def train(
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder.")
     ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Train as the recipe says; for a start: truetune train quickstart model.path=MODEL."""
     recipe = _recipe(arguments or [], resume)
@@ -75,14 +119,17 @@ def train(
 
     try:
         command = shlex.join(["truetune", "train", *(arguments or []), *(["--dry-run"] if dry_run else [])])
-        run_train(recipe, resume=resume, dry_run=dry_run, command=command)
+        with _standard_output(json) as records:
+            folder = run_train(recipe, resume=resume, dry_run=dry_run, quiet=quiet, records=records, command=command)
     except Interrupted as stop:
         typer.echo(str(stop), err=True)
         raise typer.Exit(130) from None
+    if quiet and not json:
+        typer.echo(folder)
 
 
 @app.command()
-def prove(arguments: RecipeAndKeys = None) -> None:
+def prove(arguments: RecipeAndKeys = None, quiet: Quiet = False, json: Json = False) -> None:
     """Try every promise of this program on the recipe's own model and data; takes minutes."""
     recipe = _recipe(arguments or [], None)
     from truetune.promises import PROMISES, proof_folder
@@ -90,11 +137,19 @@ def prove(arguments: RecipeAndKeys = None) -> None:
 
     folder = proof_folder(recipe)
     width, held = max(map(len, PROMISES)), 0
-    for verdict in tried(recipe, folder):
-        held += verdict.passed
-        advice = "" if verdict.passed or not verdict.advice else f"; {verdict.advice}"
-        typer.echo(f"{'holds' if verdict.passed else 'FAILS'}  {verdict.name.ljust(width)}  {verdict.figure}{advice}")
-    typer.echo(f"{held} of {len(PROMISES)} promises hold\nreport  {folder / 'report.html'}")
+    with _standard_output(json) as stream:
+        for verdict in tried(recipe, folder):
+            held += verdict.passed
+            advice = "" if verdict.passed or not verdict.advice else f"; {verdict.advice}"
+            if stream:
+                _print_json(stream, verdict)
+            elif not (quiet and verdict.passed):
+                mark = "holds" if verdict.passed else "FAILS"
+                typer.echo(f"{mark}  {verdict.name.ljust(width)}  {verdict.figure}{advice}")
+        if not quiet:
+            typer.echo(f"{held} of {len(PROMISES)} promises hold\nreport  {folder / 'report.html'}")
+    if quiet and not json:
+        typer.echo(folder)
     if held < len(PROMISES):
         raise typer.Exit(1)
 
@@ -123,11 +178,20 @@ def export(
     run: RunFolder,
     merged: Annotated[bool, typer.Option("--merged/--adapter", help="The whole model, or only the adapter.")] = True,
     to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="Where to write it.")] = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Write the trained model so that other programs load it."""
     from truetune.run import export as run_export
 
-    run_export(run, "merged" if merged else "adapter", to)
+    with _standard_output(json) as stream:
+        done = run_export(run, "merged" if merged else "adapter", to)
+    if stream:
+        _print_json(stream, done, passed=done.passed)
+    elif quiet:
+        typer.echo(done.path)
+    else:
+        typer.echo(f"{done.path}  (logits read back within {done.difference:.1e}, bound {done.bound:.1e})")
 
 
 @app.command()
@@ -139,12 +203,45 @@ def report(run: RunFolder) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="The folders of runs.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FILE", help="Where the page goes; default: RUN/compare.html.")
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Say what differs between runs, what came of each, and whether that can be compared at all."""
+    from truetune.report.compare import compare as compared
+
+    found, page = compared(runs, to)
+    if json:
+        import json as spelling_of_json
+
+        typer.echo(spelling_of_json.dumps(found.as_json() | {"page": str(page)}))
+    elif quiet:
+        typer.echo(page)
+    else:
+        for rows in (found.recipe, found.results):
+            if rows:
+                _print_table([("", *found.names), *((label, *cells) for label, cells in rows)])
+                typer.echo()
+        for doubt in found.doubts:
+            typer.echo(f"ATTENTION  {doubt}")
+        typer.echo(f"page  {page}")
+
+
+@app.command()
+def doctor(quiet: Quiet = False, json: Json = False) -> None:
     """Say what this machine has for training, and what it lacks."""
     from truetune.doctor import examine
 
     findings = list(examine())
-    _print_table(findings)
+    if json:
+        for finding in findings:
+            _print_json(sys.stdout, finding)
+    elif shown := [f for f in findings if not quiet or f.state in ("warning", "missing")]:
+        _print_table(shown)
     if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)
 
@@ -213,6 +310,19 @@ def checkpoints(
 
 
 def _recipe(arguments: Sequence[str], resume: Path | None) -> Recipe:
+    """The recipe that was asked for, whose model and data are there as far as a path can tell."""
+    from truetune.data.sources import kind
+    from truetune.models.find import find
+
+    recipe = _read_recipe(arguments, resume)
+    find(recipe.model.path, recipe.model.revision)
+    for source in (recipe.data.source, recipe.evaluation.source):
+        if source:
+            kind(source)
+    return recipe
+
+
+def _read_recipe(arguments: Sequence[str], resume: Path | None) -> Recipe:
     from truetune.spelling import read
 
     if resume is None:
@@ -244,6 +354,15 @@ def _print_parts(kind: str) -> None:
         (name, (function.__doc__ or "").partition("\n")[0], options(name, function))
         for name, function in table(kind).items()
     )
+
+
+def _print_json(stream: TextIO, what: Any, **more: Any) -> None:
+    """One line of JSON: the fields of a dataclass or of a named tuple."""
+    import json
+
+    values = what._asdict() if isinstance(what, tuple) else asdict(what)
+    stream.write(json.dumps(values | more, default=str) + "\n")
+    stream.flush()
 
 
 def _print_table(rows: Iterable[Sequence[str]]) -> None:

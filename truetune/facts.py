@@ -40,6 +40,7 @@ class Facts:
             "started": now(),
             "finished": None,
             "status": "running",
+            "process": this_process(),
             "command": command,
             "recipe": job.recipe.model_dump(mode="json"),
             "environment": environment(job),
@@ -66,6 +67,17 @@ class Facts:
         versions.require(file, values.get("format"), versions.RUN, values.get("truetune"))
         return cls(file, values)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process that makes this run is at work on this machine, and not only left its mark."""
+        match self.values:
+            case {"status": "running", "process": [int(number), float(born)]}:
+                try:
+                    return abs(psutil.Process(number).create_time() - born) < 2
+                except (psutil.Error, ValueError, OverflowError):  # there is none, or there can be none
+                    return False
+        return False
+
     def write(self, **changes: Any) -> None:
         """Take up ``changes`` and save; waits while the disk is full."""
         self.values |= changes
@@ -73,6 +85,12 @@ class Facts:
 
     def save(self) -> None:
         write_text(self.file, json.dumps(self.values, indent=1, allow_nan=False))
+
+
+def this_process() -> tuple[int, float]:
+    """Number and birth of this process, which together no other has."""
+    process = psutil.Process()
+    return process.pid, process.create_time()
 
 
 def now() -> str:

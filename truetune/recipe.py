@@ -8,10 +8,23 @@ A recipe is frozen, strict and versioned. It holds only what differs from the de
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+
+from truetune import faults, registry
+from truetune.errors import UserError
 
 VERSION: Final = 1
 
@@ -133,7 +146,10 @@ class Output(Part):
 
 
 class Recipe(Part):
-    """One run. ``truetune.train(Recipe(model={"path": ...}, data={"source": ...}))`` runs it."""
+    """One run. ``truetune.train(Recipe(model={"path": ...}, data={"source": ...}))`` runs it.
+
+    Raises UserError, one sentence, for a recipe that is wrong.
+    """
 
     version: Literal[1] = VERSION
     model: Model
@@ -194,6 +210,20 @@ class Recipe(Part):
                 f"evaluation.{other}",
             )
         return self
+
+    # The last of the validators, since each wraps those above it.
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_sentence(cls, values: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        """Raises UserError for what is wrong, unless the caller says that it makes the sentences itself."""
+        if info.context == faults.DETAILS or not isinstance(values, Mapping):
+            return handler(values)
+        required = {name: {} for name, field in cls.model_fields.items() if field.is_required()}
+        values = required | dict(values)  # so that what is missing is a key, not a section
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise UserError(registry.and_more(list(faults.sentences(error, cls, values).values()))) from None
 
 
 def _conflict(sentence: str, *keys: str) -> PydanticCustomError:

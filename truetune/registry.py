@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
@@ -67,7 +67,7 @@ def bind(
     function = resolve(kind, table, name)
     found = list(faults(kind, name, function, options).values())
     if found:
-        raise UserError(and_more(found[0], len(found) - 1))
+        raise UserError(and_more(found))
     known = user_options(kind, name, function)
     return partial(function, **{key: _convert(known[key], value) for key, value in options.items()})
 
@@ -125,9 +125,12 @@ def spell(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def and_more(sentence: str, others: int) -> str:
-    """The first fault, and how many more there are."""
-    return f"{sentence} (and {others} more fault{'s' if others > 1 else ''})" if others else sentence
+def and_more(found: Sequence[str]) -> str:
+    """The first fault, and the second if it is the only other, else how many more there are."""
+    first, *others = found
+    if len(others) == 1:
+        return f"{first}; and {others[0]}"
+    return f"{first} (and {len(others)} more faults)" if others else first
 
 
 def _import(kind: str, name: str) -> Callable[..., Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,8 +17,7 @@ from datetime import datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import truetune
 from truetune import report as pages
@@ -27,17 +25,18 @@ from truetune import spelling
 from truetune.assembly import Job, assemble, pick_device, pick_dtype, require_space
 from truetune.data.template import bounded, render
 from truetune.errors import UserError
-from truetune.facts import Facts, moved, now, require_same_base, require_same_run
+from truetune.facts import Facts, moved, now, require_same_base, require_same_run, this_process
 from truetune.models.adapter import base_of, with_adapter
 from truetune.models.export import Export, export_adapter, export_merged
 from truetune.models.generate import answer
 from truetune.models.load import load
 from truetune.recipe import Recipe
 from truetune.training.checkpoint import atomic_folder
+from truetune.training.console import Console
 from truetune.training.gradient import NonFinite
-from truetune.training.patience import Interrupted, ended_by_signals, on_signals, patiently, write_text
+from truetune.training.patience import Interrupted, ended_by_signals, halted_by_signals, patiently, write_text
 from truetune.training.record import BEST_LOST, Alarm, Checks, Record, Samples, Step
-from truetune.training.sinks import Console, JsonLines, Sink, TensorBoard
+from truetune.training.sinks import JsonLines, JsonStream, Sink, TensorBoard, clean, first_looks
 from truetune.training.trainer import Trainer
 from truetune.training.watch import watch
 
@@ -51,33 +50,37 @@ def train(
     resume: Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
+    records: TextIO | None = None,
     command: str | None = None,
 ) -> Path:
     """Run the recipe; the run folder, with everything that came of it.
 
     resume: a run folder whose newest intact checkpoint is taken up, with ``recipe`` being its own.
-    dry_run: stop after the checks. command: what was typed, for the report; sys.argv may be another program's, and
-    hold its secrets.
+    dry_run: stop after the checks. quiet: print only alarms and failed checks, to stderr.
+    records: gets each record as a line of JSON at once. command: what was typed, for the report; sys.argv may be
+    another program's, and hold its secrets.
     Raises UserError for what the user can mend, Interrupted after a signal.
     """
     if resume and dry_run:
         raise UserError(f"a resumed run is checked in any case; leave out --dry-run to go on with {resume}")
     folder = Path(resume) if resume else new_folder(recipe)
     facts = _facts_of(folder) if resume else None
-    if facts and facts.values["status"] == "finished":
+    if facts and facts.values.get("status") == "finished":
         raise UserError(f"{folder} is finished, so there is nothing to go on with; start a new run to train further")
-    job = assemble(recipe, folder)
-    require_space(job, folder)
-    trainer = job.trainer
-    if trainer.model.route.reason and not quiet:
-        print(f"slow       documents run one at a time; packed they would not be apart ({trainer.model.route.reason})")
+    tell = _silent if quiet else _tell_what
+    with ended_by_signals("stopped before the run began, and nothing was written; start it again"):
+        job = assemble(recipe, folder, tell)
+        require_space(job, folder)
+    if reason := job.trainer.model.route.reason:
+        tell("slow", f"documents run one at a time; packed they would not be apart ({reason})")
     with _refusals_explained(folder):
         if facts:
             _resume(job, facts)
         else:
             facts = _begin(job, folder, command)
         try:
-            _run(job, folder, facts, dry_run, quiet)
+            tell("checking", "gradients, movement, the loss, and that documents stay apart")
+            _run(job, folder, facts, dry_run, quiet, records)
         except Interrupted as stop:
             _leave(folder, facts, status="interrupted")
             raise Interrupted(f"{stop}; {_way_on(folder)}") from None
@@ -95,24 +98,26 @@ def _begin(job: Job, folder: Path, command: str | None) -> Facts:
     return facts
 
 
-def _run(job: Job, folder: Path, facts: Facts, dry_run: bool, quiet: bool) -> None:
+def _run(job: Job, folder: Path, facts: Facts, dry_run: bool, quiet: bool, records: TextIO | None) -> None:
     trainer = job.trainer
-    sinks = _sinks(job.recipe, folder, trainer, quiet)
+    sinks = _sinks(job.recipe, folder, trainer, quiet, records)
     try:
-        if dry_run:
-            _feed(trainer.check(), sinks, facts)
-            facts.write(status="dry run", finished=now())
-            stream = trainer.stream
-            plan = f"{len(stream):,} steps over {stream.tokens:,} tokens, {stream.epochs:.3g} epochs"
-            print(f"dry run    nothing was trained; the plan is {plan}\nreport     {_write_page(folder)}")
-            return
-        with _stopping_at_signals(trainer):
-            _feed(watch(trainer.steps(), void=bool(facts.values["void"])), sinks, facts)
+        with halted_by_signals(trainer.halt):
+            steps = trainer.check() if dry_run else watch(trainer.steps(), void=bool(facts.values["void"]))
+            _feed(steps, sinks, facts)
     finally:
         for sink in sinks:
             sink.close()
-    if trainer.step < len(trainer.stream):
+    if trainer.stop or not (dry_run or trainer.complete):
         raise Interrupted(f"stopped after step {trainer.step}")
+    if dry_run:
+        facts.write(status="dry run", finished=now())
+        page = _write_page(folder)
+        if not quiet:
+            stream = trainer.stream
+            plan = f"{len(stream):,} steps over {stream.tokens:,} tokens, {stream.epochs:.3g} epochs"
+            print(f"dry run    nothing was trained; the plan is {plan}\nreport     {page}")
+        return
     with ended_by_signals("stopped before everything was exported"):
         _finish(job, folder, facts, quiet)
 
@@ -163,8 +168,11 @@ def new_folder(recipe: Recipe) -> Path:
     """The run's folder: as named, which must be free or hold nothing that was trained, or a new one under runs/."""
     if recipe.output.folder:
         folder = Path(recipe.output.folder).expanduser()
-        status = _facts_of(folder).values["status"] if (folder / "run.json").is_file() else None
-        unused = status in ("dry run", "failed", "interrupted") and not any(folder.glob("checkpoints/step-*"))
+        facts = _facts_of(folder) if (folder / "run.json").is_file() else None
+        over = facts and facts.values.get("status") in ("dry run", "failed", "interrupted", "running")
+        unused = over and not any(folder.glob("checkpoints/step-*"))
+        if facts and unused and facts.alive:
+            raise UserError(f"a run has just begun in {folder} and is still there; name another output.folder")
         if not unused and not _is_free(folder):
             raise UserError(f"{folder} already holds something; name another output.folder, or use --resume")
         return folder
@@ -194,7 +202,15 @@ def _resume(job: Job, facts: Facts) -> None:
     for change in moved(facts, job):
         print(f"note: {change}; the last digits may differ", file=sys.stderr)
     trainer.resume(step)
-    facts.write(status="running", finished=None, truetune=truetune.__version__)
+    facts.write(status="running", finished=None, truetune=truetune.__version__, process=this_process())
+
+
+def _tell_what(doing: str, what: str) -> None:
+    print(f"{doing:<10} {clean(what)}", flush=True)
+
+
+def _silent(doing: str, what: str) -> None:
+    """Say nothing."""
 
 
 def _tell(refused: Sequence[str]) -> None:
@@ -215,11 +231,14 @@ def _write_rows(job: Job, folder: Path) -> None:
         write_text(target / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
-def _sinks(recipe: Recipe, folder: Path, trainer: Trainer, quiet: bool) -> list[Sink]:
-    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resume_at=trainer.step or None)]
+def _sinks(recipe: Recipe, folder: Path, trainer: Trainer, quiet: bool, records: TextIO | None) -> list[Sink]:
+    kept, resume_at = folder / "metrics.jsonl", trainer.step or None
+    sinks: list[Sink] = [JsonLines(kept, resume_at, trainer.owed)]
     if recipe.output.tensorboard:
-        sinks.append(TensorBoard(folder / "tensorboard", resume_at=trainer.step or None))
-    sinks.append(Console(len(trainer.stream), quiet=quiet))
+        sinks.append(TensorBoard(folder / "tensorboard", resume_at))
+    if records:
+        sinks.append(JsonStream(records))
+    sinks.append(Console(len(trainer.stream), quiet, sys.stderr if quiet else None, first_looks(kept)))
     return sinks
 
 
@@ -281,23 +300,6 @@ def _result(facts: Facts) -> dict[str, Any]:
         "tokens_per_second": totals["tokens"] / totals["seconds"] if quoted else None,
         "targets_per_second": totals["targets"] / totals["seconds"] if quoted else None,
     }
-
-
-@contextmanager
-def _stopping_at_signals(trainer: Trainer) -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops the run at the next step boundary; a second one stops it at once."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        if trainer.stop:
-            raise KeyboardInterrupt
-        trainer.stop = True
-        print(
-            f"\n{signal.Signals(number).name}: saving at the next step boundary; again to stop at once",
-            file=sys.stderr,
-        )
-
-    with on_signals(stop):
-        yield
 
 
 def _finish(job: Job, folder: Path, facts: Facts, quiet: bool) -> None:
@@ -383,8 +385,8 @@ def generate(path: Path, prompts: Iterable[str], max_tokens: int) -> Iterator[st
         yield str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def export(folder: Path, kind: str, to: Path | None = None) -> Path:
-    """Write ``kind`` ("adapter" or "merged") of a run from its best or newest checkpoint; where it is."""
+def export(folder: Path, kind: str, to: Path | None = None) -> Export:
+    """Write ``kind`` ("adapter" or "merged") of a run from its best or newest checkpoint, and read it back."""
     facts = _facts_of(folder)
     if to and not _is_free(to):
         raise UserError(f"{to} already holds something; name another folder with --to")
@@ -400,9 +402,7 @@ def export(folder: Path, kind: str, to: Path | None = None) -> Path:
     kind = kind if facts.values["model"]["adapter"] else "model"
     target = to or folder / kind
     with _refusals_explained(folder), ended_by_signals(f"stopped before {target} was complete"):
-        done = patiently(partial(_export, job, kind, folder, target, facts, lost), target)
-    print(f"{done.path}  (logits read back within {done.difference:.1e}, bound {done.bound:.1e})")
-    return Path(done.path)
+        return patiently(partial(_export, job, kind, folder, target, facts, lost), target)
 
 
 def report(folder: Path) -> Path:

@@ -7,7 +7,6 @@ How the two file formats are read is in ``truetune.notation``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from truetune import registry
+from truetune import faults, registry
 from truetune.errors import UserError
 from truetune.notation import MOST_NESTED, KeyPath, half_a_character, read_toml, read_value, read_yaml, write_yaml
 from truetune.recipe import VERSION, Named, Part, Recipe
@@ -25,11 +24,7 @@ READY = Path(__file__).parent / "recipes"
 SUFFIXES = (".yaml", ".yml", ".toml")
 MOST_BYTES = 1 << 17
 
-SECTIONS: dict[str, type[Part]] = {
-    name: info.annotation
-    for name, info in Recipe.model_fields.items()
-    if isinstance(info.annotation, type) and issubclass(info.annotation, Part)
-}
+SECTIONS = faults.sections(Recipe)
 
 
 def read(path_or_name: str | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -118,6 +113,10 @@ class _Spelled:
         """Position among all that is written; what is missing comes last."""
         return list(self.places).index(path) if path in self.places else len(self.places)
 
+    def last(self, paths: Sequence[KeyPath]) -> KeyPath:
+        """Of ``paths`` the one that is written last."""
+        return max((path for path in paths if path in self.places), key=self.order, default=paths[0])
+
     def override(self, text: str) -> None:
         """Set what one ``key=value`` says. Raises UserError if it is none."""
         key, equals, value = (part.strip() for part in text.partition("="))
@@ -194,12 +193,9 @@ def _read_file(path: Path) -> _Spelled:
 
 def _validate(spelled: _Spelled) -> Recipe:
     try:
-        return Recipe.model_validate(spelled.values)
+        return Recipe.model_validate(spelled.values, context=faults.DETAILS)
     except ValidationError as error:
-        details_of: dict[KeyPath, list[Any]] = {}
-        for detail in error.errors(include_url=False):
-            details_of.setdefault(_path(detail, spelled), []).append(detail)
-    raise _first({path: _sentence(path, details, spelled) for path, details in details_of.items()}, spelled)
+        raise _first(faults.sentences(error, Recipe, spelled.values, spelled.last), spelled) from None
 
 
 def _check_parts(recipe: Recipe, spelled: _Spelled) -> None:
@@ -219,46 +215,6 @@ def _check_parts(recipe: Recipe, spelled: _Spelled) -> None:
         raise _first(found, spelled)
 
 
-def _first(faults: Mapping[KeyPath, str], spelled: _Spelled) -> UserError:
-    path = min(faults, key=spelled.order)
-    return UserError(f"{spelled.place(path)}: {registry.and_more(faults[path], len(faults) - 1)}")
-
-
-def _path(detail: Any, spelled: _Spelled) -> KeyPath:
-    """The key that an error of pydantic is about; of keys in conflict, the one that is written last."""
-    if detail["type"] == "conflict":
-        keys = [tuple(key.split(".")) for key in detail["ctx"]["keys"]]
-        return max((path for path in keys if path in spelled.places), key=spelled.order, default=keys[0])
-    # Recipes are two levels deep; what follows in pydantic's location is its own (the members of a union).
-    return tuple(map(str, detail["loc"][: 2 if detail["loc"][0] in SECTIONS else 1]))
-
-
-def _sentence(path: KeyPath, details: Sequence[Any], spelled: _Spelled) -> str:
-    key, detail = ".".join(path), details[0]
-    model = SECTIONS.get(path[0], Recipe)
-    match detail["type"]:
-        case "conflict":
-            return detail["ctx"]["sentence"]
-        case "missing":
-            return f"{key} is missing ({model.model_fields[path[-1]].description}); add {key}=..."
-        case "extra_forbidden":
-            return _unknown(path, model)
-        case "model_type":
-            return f"{key} is a section; write its keys under it ({', '.join(model.model_fields)})"
-    value = spelled.values
-    for part in path:
-        value = value[part]
-    hint = ""
-    if detail["type"] == "literal_error":
-        hint = registry.suggestion(str(value), re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
-    elif detail["type"] == "string_type" and not isinstance(value, list):
-        hint = "; put it in quotes"
-    return f"{key} is {registry.spell(value)}, but {registry.must_be(details)}{hint}"
-
-
-def _unknown(path: KeyPath, model: type[Part]) -> str:
-    """Nearest is the same key in another section, else the nearest key in this one."""
-    elsewhere = [f'"{name}.{path[-1]}"' for name, other in SECTIONS.items() if path[-1] in other.model_fields]
-    near = registry.suggestion(path[-1], model.model_fields)
-    hint = f" (did you mean {' or '.join(elsewhere)}?)" if elsewhere else near
-    return f'unknown key "{".".join(path)}"{hint}; use one of {", ".join(model.model_fields)}'
+def _first(wrong: Mapping[KeyPath, str], spelled: _Spelled) -> UserError:
+    paths = sorted(wrong, key=spelled.order)
+    return UserError(registry.and_more([f"{spelled.place(path)}: {wrong[path]}" for path in paths]))

@@ -33,6 +33,7 @@ from transformers import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from truetune.errors import UserError
+from truetune.models.find import find
 
 _SHARED_LAYERS = 1000
 """Layers that may share their tensors with others."""
@@ -159,19 +160,8 @@ def require_causal(model: PreTrainedModel) -> None:
 
 def resolve(path: str, revision: str | None = None) -> Path:
     """The local folder that ``path`` stands for: itself, an unpacked GGUF, or a snapshot from the hub."""
-    local = Path(path).expanduser()
-    if revision is not None and local.exists():
-        raise UserError(f"model.revision is for the hub, but {path} is on this machine; remove model.revision")
-    if local.suffix == ".gguf":
-        if not local.is_file():
-            raise UserError(f"there is no file {path}; correct model.path")
-        return _unpacked(local)
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise UserError(f"{path} has no config.json, so it is no Hugging Face model; correct model.path")
-        return local
-    if local.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"{path} is neither a model folder nor a GGUF file; correct model.path")
+    if local := find(path, revision):
+        return _unpacked(local) if local.suffix == ".gguf" else local
     with explained(f"{path}, which is no folder here, from the hub"):
         patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.py"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))

@@ -35,7 +35,7 @@ def write(run_folder: Path) -> Path:
 def render(run: Run) -> str:
     """The page as HTML."""
     alarms = run.records["alarm"]
-    return _template().render(
+    return template("page.html").render(
         run=run,
         facts=facts,
         plots=plots(run),
@@ -43,12 +43,14 @@ def render(run: Run) -> str:
         alarms=alarms[:_ALARMS],
         further_alarms=len(alarms[_ALARMS:]),
         evaluations=run.records["evaluation"],
+        best=max((e["step"] for e in run.records["evaluation"] if e["best"]), default=None),  # each was, so far
         learned=learned(run),
     )
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A template of this folder, strict and escaping."""
     environment = Environment(
         loader=PackageLoader("truetune.report", "."),
         undefined=StrictUndefined,
@@ -62,7 +64,7 @@ def _template() -> Template:
         "count": facts.count,
         "excerpt": partial(clean, limit=_SAMPLE),
     }
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def plots(run: Run) -> list[tuple[Plot, str]]:

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
 
 from markupsafe import Markup
 
@@ -24,7 +23,7 @@ class Curve:
     """``points`` are (step, value or None), in order. ``style`` is a CSS class; "dots" are drawn as marks."""
 
     name: str
-    style: Literal["raw", "smooth", "plan", "dots"]
+    style: str
     points: Sequence[Point]
 
 

@@ -34,6 +34,7 @@ class Evaluator:
         training = model.training
         model.eval()
         total, count, right, tokens = 0.0, 0, 0, 0
+        per_document: list[tuple[float, int]] = []
         for pack in self.packs:
             batch = Batch.of([self.documents[i] for i in pack], model.device)
             terms = self.objective(model, batch)
@@ -41,11 +42,39 @@ class Evaluator:
             right += int(terms.correct.sum())
             count += len(terms.losses)
             tokens += len(batch.tokens)
+            counts = [self.documents[i].target_count for i in pack]
+            sums = [float(part.double().sum()) for part in terms.losses.split(counts)]
+            per_document += zip(sums, counts, strict=True)
         model.train(training)
         loss = total / count
         perplexity = math.exp(loss) if loss < 700 else math.inf
         seconds = time.perf_counter() - started
-        return Evaluation(step, loss, perplexity, right / count, tokens, count, seconds)
+        return Evaluation(
+            step=step,
+            loss=loss,
+            perplexity=perplexity,
+            accuracy=right / count,
+            tokens=tokens,
+            targets=count,
+            seconds=seconds,
+            documents=len(per_document),
+            error=standard_error(per_document),
+        )
+
+
+def standard_error(documents: Sequence[tuple[float, float]]) -> float | None:
+    """Standard error of the loss per target, from (sum of losses, targets) of each document; None for fewer than two.
+
+    Documents, not tokens, are what was drawn, so the loss is a ratio of two sums over a sample of documents; the
+    variance of such a ratio, linearised (Cochran, Sampling Techniques, chapter 6), is
+    m / (m - 1) * sum((l_i - L n_i)^2) / (sum n_i)^2.
+    """
+    m = len(documents)
+    if m < 2:
+        return None
+    count = sum(n for _, n in documents)
+    loss = sum(total for total, _ in documents) / count
+    return math.sqrt(m / (m - 1) * sum((total - loss * n) ** 2 for total, n in documents)) / count
 
 
 class Sampler:

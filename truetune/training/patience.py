@@ -88,6 +88,23 @@ def ended_by_signals(sentence: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def halted_by_signals(halt: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM within the block calls ``halt``; a second one raises KeyboardInterrupt."""
+    seen = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        name = signal.Signals(number).name
+        print(f"\n{name}: stopping, and saving at a step boundary; again to stop at once", file=sys.stderr)
+        halt()
+
+    with on_signals(stop):
+        yield
+
+
 def write_text(file: Path, text: str) -> Path:
     """Write ``text`` as UTF-8 under a temporary name and rename it to ``file``, which holds the old or the new."""
     scratch = file.with_name(f".{file.name}.tmp")

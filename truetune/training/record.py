@@ -76,6 +76,10 @@ class Evaluation:
     """Held-out loss per target token (nats), perplexity, and accuracy of the greedy next token.
 
     Every target counts once, whatever its weight: weights say what to learn, not how well it was learned.
+
+    error is the standard error of the loss over the ``documents`` that were held out (nats), None for fewer than two:
+    how far the loss of other documents like these may lie from it. Two evaluations of one run see the same
+    documents, so their difference is far surer than that.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -87,6 +91,8 @@ class Evaluation:
     targets: int
     seconds: float
     best: bool = False
+    documents: int | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +133,16 @@ KINDS: dict[str, type] = {c.kind: c for c in (Checks, Step, Evaluation, Samples,
 def as_json(record: Record) -> dict[str, Any]:
     """The record as a JSON object; ``kind`` names its class. JSON has no NaN and no infinity: they become null."""
     return {"kind": record.kind, "format": versions.RECORD, **_finite(asdict(record))}
+
+
+def from_json(values: dict[str, Any]) -> Record:
+    """The record that ``as_json`` spelled so; a number that was not finite stays None."""
+    fields = {key: value for key, value in values.items() if key not in ("kind", "format")}
+    for key, part in (("verdicts", Verdict), ("samples", Sample)):
+        if key in fields:
+            fields[key] = tuple(part(**values) for values in fields[key])
+    record: Record = KINDS[values["kind"]](**fields)
+    return record
 
 
 def _finite(value: Any) -> Any:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -33,11 +34,17 @@ from truetune.training.evaluate import Evaluator, Sampler
 from truetune.training.gradient import NonFinite, accumulate, clip, norm_of, require_finite
 from truetune.training.integrity import Fingerprint, fingerprints, integrity
 from truetune.training.patience import patiently
-from truetune.training.record import BEST_LOST, Alarm, Checks, Evaluation, Record, Saved, Step, Verdict
+from truetune.training.record import BEST_LOST, Alarm, Checks, Evaluation, Record, Samples, Saved, Step, Verdict
+
+Found = TypeVar("Found")
 
 
 class CheckFailed(UserError):
     """A check failed; the records up to it have been yielded."""
+
+
+class Halted(BaseException):
+    """``Trainer.halt`` ends what is under way. No Exception, so that nothing on its way out catches it."""
 
 
 @dataclass
@@ -49,7 +56,9 @@ class Trainer:
     preflight: checks made before the first step, or None.
     evaluate_every, save_every: steps; the last step is always evaluated and saved.
     keep_best: end with the weights of the best evaluation.
-    step:     steps completed. stop: set it to end at the next step boundary.
+    step:     steps completed. stop: set it to end at the next step boundary; ``halt`` also gives up an evaluation.
+    owed:     kinds of the records that are still due at this step: a stop leaves them to the run that goes on.
+    complete: whether all was done, the last look included.
     start:    fingerprints of the weights that the run began with.
     """
 
@@ -70,8 +79,11 @@ class Trainer:
     failures: Path | None = None
     step: int = 0
     stop: bool = False
+    owed: list[str] = field(default_factory=list)
+    complete: bool = False
     best: Evaluation | None = None
     start: dict[str, Fingerprint] = field(default_factory=dict, repr=False)
+    _idle: bool = False
     _process: psutil.Process = field(default_factory=psutil.Process, repr=False)
 
     def steps(self) -> Iterator[Record]:
@@ -79,28 +91,56 @@ class Trainer:
 
         Raises CheckFailed when a check fails, NonFinite before a weight could take a NaN.
         """
-        yield from self.check()
+        if not (yield from self.check()):
+            return
         self.start = self.start or fingerprints(self.model.model)
-        first = self.step
+        first, looks_again = self.step, bool(self.owed)
         if self.step == 0:
-            yield from self._look()
+            self.owed = self._due()
+        yield from self._boundary()
         while self.step < len(self.stream) and not self.stop:
             yield self._step()
-            yield from self._boundary()
-        if self.stop and self.step < len(self.stream):
+            self.owed = self._due()
+            yield from self._boundary(moved=True)
+        if self.step < len(self.stream) or self.owed:
             yield from self._save("interrupted")
             return
-        if self.step > first:
+        if self.step > first or looks_again:
             yield from self._require(Checks(self.step, tuple(self._integrity())))
         if lost := self.take_best():
             yield Alarm(self.step, BEST_LOST, lost, voids=False)
-        if self.sampler:
-            yield self.sampler(self.model, self.step)
+        if self.sampler and (samples := self._unless_halted(partial(self.sampler, self.model, self.step))):
+            yield samples
+        self.complete = not self.stop
 
-    def check(self) -> Iterator[Record]:
-        """The preflight alone. Raises CheckFailed."""
+    def halt(self) -> None:
+        """End at the next step boundary, and at once what changes no weight: an evaluation, answers, the preflight.
+
+        For handlers of signals, which run in the midst of it.
+        """
+        self.stop = True
+        if self._idle:
+            raise Halted
+
+    def check(self) -> Generator[Record, None, bool]:
+        """The preflight alone; whether it came to its end. Raises CheckFailed."""
         if self.preflight:
-            yield from self._require(self.preflight(self))
+            checks = self._unless_halted(partial(self.preflight, self))
+            if checks is None:
+                return False
+            yield from self._require(checks)
+        return True
+
+    def _unless_halted(self, look: Callable[[], Found]) -> Found | None:
+        if self.stop:
+            return None
+        self._idle = True
+        try:
+            return look()
+        except Halted:
+            return None
+        finally:
+            self._idle = False
 
     def _require(self, checks: Checks) -> Iterator[Record]:
         yield checks
@@ -159,26 +199,40 @@ class Trainer:
             tokens_per_second=tokens / seconds,
         )
 
-    def _look(self) -> Iterator[Record]:
-        """Evaluation and samples of the model as it stands."""
-        if self.evaluator:
-            evaluation = self.evaluator(self.model, self.step)
-            if self.step and evaluation.loss < (self.best.loss if self.best else math.inf):
-                evaluation = self.best = _marked_best(evaluation)
-            yield evaluation
-        if self.sampler and self.step < len(self.stream):
-            yield self.sampler(self.model, self.step)
-
-    def _boundary(self) -> Iterator[Record]:
+    def _due(self) -> list[str]:
+        """What is to be looked at after this step, as kinds of records."""
         last = self.step == len(self.stream)
-        due = last or bool(self.evaluate_every and self.step % self.evaluate_every == 0)
-        if due:
-            yield from self._look()
-        if last:
+        if not (last or self.step == 0 or (self.evaluate_every and self.step % self.evaluate_every == 0)):
+            return []
+        return ["evaluation"] * bool(self.evaluator) + ["samples"] * bool(self.sampler and not last)
+
+    def _evaluate(self) -> Evaluation:
+        assert self.evaluator
+        evaluation = self.evaluator(self.model, self.step)
+        if self.step and evaluation.loss < (self.best.loss if self.best else math.inf):
+            evaluation = self.best = replace(evaluation, best=True)
+        return evaluation
+
+    def _boundary(self, moved: bool = False) -> Iterator[Record]:
+        """Look at what is owed, then save what is due; moved: whether a step was just taken."""
+        looked = bool(self.owed) and self.step > 0
+        looks: dict[str, Callable[[], Record]] = {
+            "evaluation": self._evaluate,
+            "samples": lambda: self.sampler(self.model, self.step) if self.sampler else Samples(self.step, ()),
+        }
+        while self.owed:
+            record = self._unless_halted(looks[self.owed[0]])
+            if record is None:
+                return
+            self.owed = self.owed[1:]
+            yield record
+        if not (moved or looked):
+            return
+        if self.step == len(self.stream):
             yield from self._save("end")
         elif self.save_every and self.step % self.save_every == 0:
             yield from self._save("schedule")
-        elif due and self.keep_best and self.best and self.best.step == self.step:
+        elif looked and self.keep_best and self.best and self.best.step == self.step:
             yield from self._save("best")
 
     def _save(self, reason: str) -> Iterator[Record]:
@@ -198,7 +252,7 @@ class Trainer:
             random["cuda"] = torch.cuda.get_rng_state()
         best = None if self.best is None else {"step": self.best.step, "loss": self.best.loss}
         tensors = {"weights": dict(self.model.trainable()), "optimizer": moments, "random": random}
-        return tensors, {"step": self.step, "best": best, "start": self.start}
+        return tensors, {"step": self.step, "best": best, "start": self.start, "owed": self.owed}
 
     def resume(self, step: int) -> None:
         """Take up the checkpoint of ``step``. Raises UserError when it does not fit this run."""
@@ -214,7 +268,7 @@ class Trainer:
         torch.set_rng_state(tensors["random"]["cpu"])
         if torch.cuda.is_available() and "cuda" in tensors["random"]:
             torch.cuda.set_rng_state(tensors["random"]["cuda"])
-        self.step = state["step"]
+        self.step, self.owed = state["step"], list(state.get("owed", ()))
         self.start = {name: (h, s, tuple(rest)) for name, (h, s, rest) in state["start"].items()}
         if state["best"]:
             best = state["best"]
@@ -280,7 +334,3 @@ def _require_finite(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
         for name, tensor in tensors[kind].items():
             if not torch.isfinite(tensor).all():
                 raise NonFinite(f"{name} is not finite after step {step}, so it was not saved; lower the rate")
-
-
-def _marked_best(e: Evaluation) -> Evaluation:
-    return Evaluation(e.step, e.loss, e.perplexity, e.accuracy, e.tokens, e.targets, e.seconds, best=True)

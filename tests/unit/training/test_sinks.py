@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from truetune.errors import UserError
+from truetune.training.console import Console, folded
 from truetune.training.record import (
     Alarm,
     Checks,
@@ -17,8 +18,9 @@ from truetune.training.record import (
     Step,
     Verdict,
     as_json,
+    from_json,
 )
-from truetune.training.sinks import Console, JsonLines, TensorBoard, clean, duration, size
+from truetune.training.sinks import JsonLines, JsonStream, TensorBoard, clean, duration, first_looks, size
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07 \r\x9b31m [bold red]x[/] :smile: \u202etxt"
 
@@ -67,9 +69,9 @@ def plain_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def shown(*records, total=100, quiet=False, file=None) -> str:
+def shown(*records, total=100, quiet=False, file=None, earlier=()) -> str:
     file = file or io.StringIO()
-    console = Console(total, quiet=quiet, file=file)
+    console = Console(total, quiet=quiet, file=file, earlier=earlier)
     for record in records:
         console.write(record)
     console.close()
@@ -190,7 +192,7 @@ def test_a_terminal_gets_one_live_line():
 
 def test_time_left_counts_only_steps_of_this_session(monkeypatch):
     clock = iter([100.0, 102.0])
-    monkeypatch.setattr("truetune.training.sinks.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("truetune.training.console.time.monotonic", lambda: next(clock))
     text = shown(step(51, seconds=2.0), step(55, seconds=2.0), total=100)
     # The session began at 98 s before step 51: five steps in 4 s leave 45 steps at 0.8 s.
     assert "36 s left" in text.splitlines()[-1]
@@ -211,14 +213,89 @@ def test_a_first_loss_of_zero_has_no_relative_change():
     assert "since" not in shown(evaluation(0, 0.0), evaluation(1, 1.0))
 
 
-def test_samples_stand_beside_those_before_training():
+def test_prompts_are_printed_once_and_answers_each_time():
     before = Samples(0, (Sample("the prompt", "the reference", "rambling " * 100, False),))
     after = Samples(100, (Sample("the prompt", "the reference", "short", True),))
-    last = shown(before, after).split("step 100\n")[-1]
-    rows = [line.split(maxsplit=1) for line in last.splitlines() if line and not line.startswith(" ")]
-    assert [row[0] for row in rows] == ["prompt", "reference", "step", "step"]
-    assert "(500 more characters) [did not stop]" in " ".join(last.split())
-    assert re.search(r"step 100\s+short\s*$", last), "the later answer ended by itself"
+    text = shown(before, after)
+    assert text.count("the prompt") == text.count("the reference") == 1
+    assert "(500 more characters) [did not stop]" in " ".join(text.split())
+    assert re.search(r"samples    step 100\n1  step 100 +short\s*$", text), "the later answer ended by itself"
+
+
+def test_a_run_that_goes_on_is_compared_with_its_first_step():
+    samples = Samples(0, (Sample("the prompt", "the reference", "first answer", True),))
+    earlier = [evaluation(0, 4.0), samples]
+    later = Samples(60, (Sample("the prompt", "the reference", "later answer", True),))
+    text = shown(evaluation(60, 3.0), later, earlier=earlier)
+    assert "loss 3.0000 (-25.0 % since step 0)" in text
+    assert [line.split(maxsplit=1)[0] for line in text.splitlines()[2:] if line] == ["1", "reference", "step", "step"]
+    assert "first answer" in text and "later answer" in text
+
+
+def test_a_loss_of_few_documents_says_how_rough_it_is():
+    rough = Evaluation(0, 2.0, 7.4, 0.5, 100, 40, 1.0, documents=6, error=0.31)
+    text = shown(rough, rough)
+    assert "loss 2.0000 ± 0.31, perplexity" in text
+    assert text.count("only 6 documents (40 targets) are held out") == 1
+    assert "held out, so" not in shown(Evaluation(0, 2.0, 7.4, 0.5, 100, 40, 1.0, documents=30, error=0.31))
+
+
+def test_a_long_step_is_told_at_least_every_minute(monkeypatch):
+    clock = iter([1000.0 + 25 * n for n in range(10)])
+    monkeypatch.setattr("truetune.training.console.time.monotonic", lambda: next(clock))
+    lines = shown(*(step(n) for n in range(1, 10)), total=100_000).splitlines()
+    assert [line.split()[1] for line in lines] == ["1/100,000", "4/100,000", "7/100,000"]
+
+
+def test_a_line_is_as_wide_as_the_terminal_and_folds_between_its_parts(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert re.search(r"step 1/100 · loss[^\n]{60,} · 3 GiB", shown(step(1), file=Tty())), "one line, not cut at 80"
+    monkeypatch.setenv("COLUMNS", "40")
+    assert "lr 3.00e-04 ·\ngrad 1.25 ·" in shown(step(1), file=Tty()).replace("\r", "")
+    parts = ("step 1/100", "loss 2.500", "8.1 s left, done 13:20", "3 GiB")
+    for width in range(24, 80):
+        lines = folded(parts, width).split("\n")
+        assert max(map(len, lines)) <= width and " ".join(lines).split(" · ") == list(parts)
+
+
+def test_forced_colours_draw_no_live_line_into_a_file(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    text = shown(*(step(n) for n in range(1, 101)))
+    assert "\r" not in text and not re.search(r"\x1b\[[0-9]*[A-HJKST]", text)
+    assert 20 <= len(text.splitlines()) <= 22
+
+
+def test_a_stream_of_json_is_the_records_as_they_come():
+    file = io.StringIO()
+    sink = JsonStream(file)
+    sink.write(step(1, loss=math.nan))
+    assert json.loads(file.getvalue()) == json.loads(json.dumps(as_json(step(1, loss=math.nan))))
+    sink.write(evaluation(1, 2.0))
+    assert [json.loads(line)["kind"] for line in file.getvalue().splitlines()] == ["step", "evaluation"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        step(3),
+        evaluation(3, 2.0, True),
+        Samples(1, (Sample("p", "r", "a", True),)),
+        Checks(0, (Verdict("x", True, "1"),)),
+    ],
+)
+def test_a_record_comes_back_from_its_json(record):
+    assert from_json(json.loads(json.dumps(as_json(record)))) == record
+
+
+def test_records_that_are_made_again_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path)
+    for record in (evaluation(0, 4.0), step(1), step(2), evaluation(2, 3.0), Samples(2, ())):
+        sink.write(record)
+    sink.close()
+    JsonLines(path, resume_at=2, owed=["samples"]).close()
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()][-2:] == ["step", "evaluation"]
+    assert first_looks(path) == [evaluation(0, 4.0)]
 
 
 def test_checks_and_what_is_learned():
