@@ -109,8 +109,8 @@ def beyond(facts: dict, rows: list[dict]) -> str:
 
 
 def main(run: Path) -> int:
-    facts = json.loads((run / "run.json").read_text())
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     first = next(r for r in records if r["kind"] == "step")
     before, after = facts["result"]["before"], facts["result"]["after"]
     base = facts["model"]["path"]
@@ -160,7 +160,7 @@ def main(run: Path) -> int:
 
 def finished(run: Path) -> bool:
     file = run / "run.json"
-    return file.is_file() and json.loads(file.read_text()).get("status") == "finished"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("status") == "finished"
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -99,6 +100,9 @@ def main() -> None:
     """Run the command line; the entry point of ``truetune``."""
     # So that a recipe can name the user's own as module:attribute; last, so that it hides nothing installed.
     sys.path.append(str(Path.cwd()))
+    for stream in (sys.stdout, sys.stderr):  # what it cannot spell must not end a run
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app(prog_name="truetune")
 
 
@@ -246,25 +250,29 @@ def doctor(quiet: Quiet = False, json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@show.command()
-def optimizers() -> None:
-    """Names for optimizer.name, with the options of each and their defaults."""
-    _print_parts("optimizer")
+TABLES = {
+    "formats": "What a row may be, told by its columns, and what of it is learned.",
+    "sources": "Where rows may come from.",
+    "families": "Families of models that were trained beside a plain loop, and what was found.",
+    "optimizers": "Names for optimizer.name, with the options of each and their defaults.",
+    "schedules": "Names for schedule.name, with the options of each and their defaults.",
+    "recipes": "The ready recipes, and what each is for.",
+    "keys": "Every key that a recipe may have, what it may be, its default and its meaning.",
+}
+"""What ``truetune show`` prints as a table; ``truetune.choices`` has the rows."""
 
 
-@show.command()
-def schedules() -> None:
-    """Names for schedule.name, with the options of each and their defaults."""
-    _print_parts("schedule")
+def _show(name: str) -> Callable[[], None]:
+    def command() -> None:
+        from truetune.choices import SHOWN
+
+        _print_table(SHOWN[name]())
+
+    return command
 
 
-@show.command()
-def recipes() -> None:
-    """The ready recipes; each starts with a line that says what it is for."""
-    from truetune.spelling import ready
-
-    first_lines = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in ready().items()}
-    _print_table((name, line.lstrip("# ")) for name, line in first_lines.items())
+for _name, _purpose in TABLES.items():
+    show.command(_name, help=_purpose)(_show(_name))
 
 
 @show.command()
@@ -281,9 +289,9 @@ def schema() -> None:
     """The JSON schema of recipes, for editors that complete them."""
     import json
 
-    from truetune.recipe import Recipe
+    from truetune.choices import schema as recipes
 
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    typer.echo(json.dumps(recipes(), indent=2))
 
 
 @show.command()
@@ -340,20 +348,6 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
     if arguments and "=" not in arguments[0]:
         return arguments[0], arguments[1:]
     return None, arguments
-
-
-def _print_parts(kind: str) -> None:
-    from truetune.registry import spell, user_options
-    from truetune.spelling import table
-
-    def options(name: str, function: Any) -> str:
-        parameters: Mapping[str, Any] = user_options(kind, name, function)
-        return "  ".join(key if p.default is p.empty else f"{key}={spell(p.default)}" for key, p in parameters.items())
-
-    _print_table(
-        (name, (function.__doc__ or "").partition("\n")[0], options(name, function))
-        for name, function in table(kind).items()
-    )
 
 
 def _print_json(stream: TextIO, what: Any, **more: Any) -> None:

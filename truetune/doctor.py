@@ -1,4 +1,4 @@
-"""What this machine has for training, and what it lacks: `truetune doctor`.
+"""What this machine has for training, what it lacks and what for, and the command that mends it: `truetune doctor`.
 
 Looks at installed packages, processor, memory, disk, GPU and compiler. It opens no connection: Truetune needs
 none once the files are there, so whether the hub can be reached says nothing about whether it works.
@@ -11,7 +11,8 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -38,9 +39,16 @@ PACKAGES = {
 
 EXTRAS = {
     "tensorboard": "scalars for TensorBoard (output.tensorboard)",
+    "wandb": "runs on Weights & Biases (output.wandb)",
     "gguf": "models in GGUF files",
 }
 """Optional package, which is also the name of its extra -> what it is for."""
+
+
+ROOM = 5e9
+"""Bytes that should be free: a small model, its checkpoints and its export."""
+SIDE = 512
+"""Of the matrices that are multiplied to time a dtype, in a hundredth of a second."""
 
 
 class Finding(NamedTuple):
@@ -66,8 +74,7 @@ def examine() -> Iterator[Finding]:
         found = _version(name)
         absent = f'not installed; for {purpose}: pip install "truetune[{name}]"'
         yield Finding("ok", name, f"{found}: {purpose}") if found else Finding("note", name, absent)
-    disk = shutil.disk_usage(Path.cwd())
-    yield Finding("ok", "disk", f"{_gigabytes(disk.free)} free in {Path.cwd()}")
+    yield _disk(Path.cwd())
     yield _compiler()
     if usable:
         yield from _machine()
@@ -84,6 +91,15 @@ def _package(name: str, least: str, tested: str) -> Finding:
     return Finding("ok", name, found)
 
 
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    told = f"{_gigabytes(free)} free in {folder}"
+    if free >= ROOM:
+        return Finding("ok", "disk", told)
+    advice = "run elsewhere with output.folder=FOLDER, or write less with truetune train laptop"
+    return Finding("warning", "disk", f"{told}; models and checkpoints take gigabytes: {advice}")
+
+
 def _machine() -> Iterator[Finding]:
     """What torch and psutil see; only where all packages are there."""
     import psutil
@@ -91,27 +107,60 @@ def _machine() -> Iterator[Finding]:
 
     features = torch.cpu.get_capabilities()
     bf16 = [name for name in ("avx512_bf16", "amx_bf16", "bf16") if features.get(name)]
-    in_bf16 = f"bf16 in hardware ({', '.join(bf16)})" if bf16 else "no bf16 in hardware, so fp32 is faster"
     name = features.get("cpu_name") or platform.processor() or platform.machine()
-    kernels = torch.backends.cpu.get_cpu_capability()
-    yield Finding("ok" if bf16 else "note", "processor", f"{name}, {kernels}, {in_bf16}")
+    yield Finding("ok", "processor", f"{name}, {torch.backends.cpu.get_cpu_capability()}")
+    yield _bf16(bf16)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     physical = psutil.cpu_count(logical=False)
     yield Finding("ok", "cores", f"{physical} physical, {usable} usable, torch uses {torch.get_num_threads()}")
     memory = psutil.virtual_memory()
     yield Finding("ok", "memory", f"{_gigabytes(memory.available)} free of {_gigabytes(memory.total)}")
     if not torch.cuda.is_available():
-        yield Finding("note", "gpu", "none that torch can use; training runs on the CPU")
+        yield _no_gpu(torch.version.cuda)
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield Finding("ok", "gpu", f"{device.name}, {_gigabytes(device.total_memory)}")
+
+
+def _bf16(instructions: list[str]) -> Finding:
+    """How fast products are in bf16 beside fp32, measured: instructions alone do not say."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(SIDE, SIDE, dtype=dtype)
+        seconds[dtype] = min(_timed(lambda a=a: a @ a) for _ in range(4))  # type: ignore[misc]
+    factor = seconds[torch.float32] / seconds[torch.bfloat16]
+    told = f"products take {1 / factor:.2g} of the time of fp32 ({', '.join(instructions) or 'no instructions for it'})"
+    if instructions and factor < 1:
+        return Finding("warning", "bf16", f"{told}; if nothing else runs here, set model.precision=fp32")
+    return Finding("ok" if instructions else "note", "bf16", told)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _no_gpu(cuda: str | None) -> Finding:
+    """Why torch uses none. cuda: the version that it was built for."""
+    if not shutil.which("nvidia-smi"):
+        return Finding("note", "gpu", "none that torch can use; training runs on the CPU")
+    if cuda is None:
+        mend = "pip install --force-reinstall torch, from the index that https://pytorch.org/get-started/locally names"
+        return Finding("warning", "gpu", f"there is one, but this torch is built for the CPU alone; {mend}")
+    return Finding("warning", "gpu", f"torch is built for CUDA {cuda} but sees no device; look at nvidia-smi's driver")
 
 
 def _compiler() -> Finding:
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return Finding("ok", "compiler", path)
-    return Finding("note", "compiler", "none; everything works, in plain torch")
+    mend = {"darwin": "xcode-select --install", "win32": "winget install LLVM.LLVM"}.get(
+        sys.platform, "apt install g++"
+    )
+    return Finding("note", "compiler", f"none; nothing here needs one yet, only torch.compile would: {mend}")
 
 
 def _version(name: str) -> str | None:

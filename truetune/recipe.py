@@ -64,7 +64,7 @@ class Data(Part):
     """Which rows are trained on."""
 
     source: str = Field(min_length=1, description="python-docs, a .jsonl file, a datasets folder, or a hub id")
-    split: str = "train"
+    split: str = Field("train", description="split of the source")
     format: Literal["auto", "messages", "preference", "sharegpt", "alpaca", "prompt-completion", "text"] = Field(
         "auto", description="what a row is; auto: told by its columns"
     )
@@ -95,10 +95,10 @@ class HeldOut(Part):
 class Adapter(Part):
     """How the model is adapted: LoRA on a frozen base, or every weight (full)."""
 
-    method: Literal["lora", "full"] = "lora"
-    rank: int = Field(16, gt=0)
+    method: Literal["lora", "full"] = Field("lora", description="lora: small matrices beside; full: every weight")
+    rank: int = Field(16, gt=0, description="columns of LoRA's two factors")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs that are dropped in training")
     targets: str | list[str] = Field("all-linear", description="all-linear, a regex, or module names")
     lora_plus_ratio: float = Field(1.0, gt=0, description="rate of B over rate of A; LoRA+ suggests 16")
 
@@ -106,23 +106,23 @@ class Adapter(Part):
 class Optimizer(Named):
     """The rule that moves the weights; `truetune show optimizers` lists names and options."""
 
-    name: str = "adamw"
+    name: str = Field("adamw", description="of truetune show optimizers, or your own as module:attribute")
     rate: float = Field(3e-4, gt=0, description="peak learning rate")
 
 
 class Schedule(Named):
     """The rate over the run, as a share of the peak; `truetune show schedules` lists names and options."""
 
-    name: str = "linear"
+    name: str = Field("linear", description="of truetune show schedules, or your own as module:attribute")
     warmup: float = Field(0.05, ge=0, description="below 1 a share of the run, else steps")
 
 
 class Train(Part):
     """How long, in what portions. One of epochs, steps, tokens; the default is one epoch."""
 
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
-    tokens: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, description="length of the run in passes over the rows")
+    steps: int | None = Field(None, gt=0, description="length of the run in steps")
+    tokens: int | None = Field(None, gt=0, description="length of the run in tokens, whole steps")
     tokens_per_step: int = Field(2048, gt=0, description="a step takes documents until it has this many")
     tokens_per_micro_batch: int = Field(2048, gt=0, description="at most this many in memory at once")
     clip: float | None = Field(1.0, gt=0, description="largest L2 norm of the gradient")
@@ -143,6 +143,7 @@ class Output(Part):
     folder: str | None = Field(None, description="run folder; default: runs/<name of the recipe>-<time>")
     merged: bool = Field(True, description="also write the merged model")
     tensorboard: bool = Field(False, description="also write scalars for TensorBoard")
+    wandb: bool = Field(False, description="also hand scalars and recipe to Weights & Biases (WANDB_MODE=offline too)")
 
 
 class Recipe(Part):
@@ -151,7 +152,7 @@ class Recipe(Part):
     Raises UserError, one sentence, for a recipe that is wrong.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = Field(VERSION, description="of the format of recipes")
     model: Model
     data: Data
     evaluation: HeldOut = HeldOut()
@@ -161,7 +162,7 @@ class Recipe(Part):
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
     output: Output = Output()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where torch sees it")
 
     @model_validator(mode="after")
     def _one_length(self) -> Recipe:

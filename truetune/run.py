@@ -36,8 +36,7 @@ from truetune.training.console import Console
 from truetune.training.gradient import NonFinite
 from truetune.training.patience import Interrupted, ended_by_signals, halted_by_signals, patiently, write_text
 from truetune.training.record import BEST_LOST, Alarm, Checks, Record, Samples, Step
-from truetune.training.sinks import JsonLines, JsonStream, Sink, TensorBoard, clean, first_looks
-from truetune.training.trainer import Trainer
+from truetune.training.sinks import JsonLines, JsonStream, Sink, TensorBoard, WeightsAndBiases, clean, first_looks
 from truetune.training.watch import watch
 
 PROBE = 4
@@ -100,7 +99,7 @@ def _begin(job: Job, folder: Path, command: str | None) -> Facts:
 
 def _run(job: Job, folder: Path, facts: Facts, dry_run: bool, quiet: bool, records: TextIO | None) -> None:
     trainer = job.trainer
-    sinks = _sinks(job.recipe, folder, trainer, quiet, records)
+    sinks = _sinks(job, folder, facts, quiet, records)
     try:
         with halted_by_signals(trainer.halt):
             steps = trainer.check() if dry_run else watch(trainer.steps(), void=bool(facts.values["void"]))
@@ -231,11 +230,15 @@ def _write_rows(job: Job, folder: Path) -> None:
         write_text(target / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
-def _sinks(recipe: Recipe, folder: Path, trainer: Trainer, quiet: bool, records: TextIO | None) -> list[Sink]:
+def _sinks(job: Job, folder: Path, facts: Facts, quiet: bool, records: TextIO | None) -> list[Sink]:
+    recipe, trainer = job.recipe, job.trainer
     kept, resume_at = folder / "metrics.jsonl", trainer.step or None
     sinks: list[Sink] = [JsonLines(kept, resume_at, trainer.owed)]
     if recipe.output.tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard", resume_at))
+    if recipe.output.wandb:
+        key = f"{folder.name} {facts.values['started']}"
+        sinks.append(WeightsAndBiases(folder, folder.name, key, facts.values["recipe"]))
     if records:
         sinks.append(JsonStream(records))
     sinks.append(Console(len(trainer.stream), quiet, sys.stderr if quiet else None, first_looks(kept)))

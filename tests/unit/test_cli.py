@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
 import time
 import tomllib
+from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +19,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from truetune import doctor, spelling
-from truetune.cli import app
+from truetune.cli import app, main, show
 from truetune.errors import UserError
 from truetune.models.export import Export
 
@@ -107,6 +109,44 @@ def test_export_and_report(calls: list[tuple[Any, ...]]) -> None:
         ("export", Path("runs/a"), "adapter", Path("out")),
     ]
     assert invoke("report", "runs/a").stdout == "runs/a/report.html\n"
+
+
+def test_json_alone_is_on_stdout_and_quiet_prints_where_the_result_is(calls: list[tuple[Any, ...]]) -> None:
+    keys = ["model.path=m", "data.source=s"]
+    assert "words for people" in invoke("train", *keys).stdout
+    told = invoke("train", *keys, "--json")
+    assert told.stdout == '{"kind": "step"}\n' and "words for people" in told.stderr
+    assert invoke("train", *keys, "-q").stdout.splitlines()[-1] == "runs/a"
+    figures = {"kind": "merged", "path": "out", "difference": 1e-3, "bound": 2e-3, "passed": True}
+    assert json.loads(invoke("export", "runs/a", "--json").stdout) == figures
+    assert invoke("export", "runs/a", "--quiet").stdout == "out\n"
+    assert invoke("export", "runs/a").stdout == "out  (logits read back within 1.0e-03, bound 2.0e-03)\n"
+
+
+def test_the_version_is_told() -> None:
+    result = invoke("--version")
+    assert result.exit_code == 0 and re.fullmatch(r"truetune \d+\.\d+\.\d+\n", result.stdout)
+
+
+@pytest.mark.parametrize("group", [(), ("show",)])
+def test_no_line_of_a_list_of_commands_is_cut(group: tuple[str, ...]) -> None:
+    text = " ".join(invoke(*group, "--help").stdout.split())
+    commands = app.registered_commands if not group else show.registered_commands
+    for command in commands:
+        purpose = command.help or (command.callback.__doc__ if command.callback else "")
+        assert purpose and purpose.partition("\n")[0] in text
+    assert "..." not in text.replace("ARGS]...", "").replace("[OPTIONS]...", "")
+
+
+def test_a_terminal_that_cannot_spell_a_name_gets_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(sys, "argv", ["truetune", "train", "漢字"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit):
+        main()
+    said.flush()
+    assert said.buffer.getvalue().startswith(b'error: there is no ready recipe "??"')  # type: ignore[attr-defined]
 
 
 # How it ends.
@@ -246,6 +286,54 @@ def test_doctor_compares_versions(
     finding = next(f for f in doctor.examine() if f.name == package)
     assert finding.state == state and says in finding.text
     assert invoke("doctor").exit_code == status
+
+
+@pytest.mark.parametrize(
+    ("state", "patch", "name", "says"),
+    [
+        (
+            "warning",
+            ("disk_usage", lambda _: namedtuple("usage", "free")(1e9)),
+            "disk",
+            "1.0 GB free .*: run elsewhere",
+        ),
+        ("ok", ("disk_usage", lambda _: namedtuple("usage", "free")(9e9)), "disk", "9.0 GB free"),
+        ("note", ("which", lambda name: None), "compiler", "nothing here needs one yet.*: apt install g"),
+        (
+            "warning",
+            ("which", lambda name: name),
+            "gpu",
+            "built for the CPU alone; pip install --force-reinstall",
+        ),
+        ("note", ("which", lambda name: None), "gpu", "none that torch can use"),
+    ],
+)
+def test_doctor_says_what_is_missing_and_what_mends_it(
+    monkeypatch: pytest.MonkeyPatch, state: str, patch: tuple[str, Any], name: str, says: str
+) -> None:
+    monkeypatch.setattr(doctor.shutil, *patch)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", None)
+    finding = next(f for f in doctor.examine() if f.name == name)
+    assert finding.state == state and re.search(says, finding.text)
+
+
+def test_doctor_times_bf16_beside_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([2.0] * 4 + [1.0] * 4 + [1.0] * 4 + [2.0] * 4 + [1.0] * 4 + [2.0] * 4)
+    monkeypatch.setattr(doctor, "_timed", lambda work: next(seconds))
+    fast, slow, without = doctor._bf16(["amx_bf16"]), doctor._bf16(["amx_bf16"]), doctor._bf16([])
+    assert (fast.state, slow.state, without.state) == ("ok", "warning", "note")
+    assert "products take 0.5 of the time of fp32 (amx_bf16)" in fast.text
+    assert "products take 2 of the time" in slow.text and "set model.precision=fp32" in slow.text
+
+
+def test_doctor_prints_json_or_only_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [doctor.Finding("ok", "a", "1"), doctor.Finding("warning", "b", "2")]
+    monkeypatch.setattr(doctor, "examine", lambda: iter(found))
+    assert invoke("doctor", "--quiet").stdout == "warning  b  2\n"
+    assert [json.loads(line) for line in invoke("doctor", "--json").stdout.splitlines()] == [f._asdict() for f in found]
+    found.pop()
+    assert invoke("doctor", "--quiet").stdout == ""
 
 
 def test_doctor_knows_the_ranges_and_the_tested_set() -> None:

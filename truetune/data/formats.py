@@ -138,10 +138,12 @@ def _conversation(messages: list[Message], weights: Weights, where: str, number:
 
 
 def _read_messages(row: Row, number: int) -> Example:
+    """A conversation; the assistant's turns are learned."""
     return _conversation(*conversation(row["messages"], "messages", number), "it", number)
 
 
 def _read_sharegpt(row: Row, number: int) -> Example:
+    """A conversation in ShareGPT's spelling; the assistant's turns are learned."""
     messages, weights = conversation(row["conversations"], "conversations", number)
     before = _system(row, number)
     if before and messages[0]["role"] in ("system", "developer"):
@@ -150,6 +152,7 @@ def _read_sharegpt(row: Row, number: int) -> Example:
 
 
 def _read_alpaca(row: Row, number: int) -> Example:
+    """An instruction, what it is about, and the output, which is learned."""
     asked = [string(row["instruction"], "instruction", number)]
     if row.get("input"):
         asked.append(string(row["input"], "input", number))
@@ -169,6 +172,7 @@ def _system(row: Row, number: int) -> list[Message]:
 
 
 def _read_prompt_completion(row: Row, number: int) -> Example:
+    """A prompt and its completion, as text or as lists of messages; the completion is learned."""
     return _answered(row["prompt"], row["completion"], "completion", number)
 
 
@@ -182,11 +186,12 @@ def _answered(prompt: Any, answer: Any, column: str, number: int) -> Conversatio
 
 
 def _read_text(row: Row, number: int) -> Example:
+    """Plain text; all of it is learned."""
     return Text(None, string(row["text"], "text", number))
 
 
 def _read_preference(row: Row, number: int) -> Example:
-    """With a prompt of its own, or with the messages that both answers begin with as the prompt."""
+    """Two answers to one prompt, for methods to come; the prompt is a column or what both answers begin with."""
     prompt, (chosen, rejected) = row.get("prompt"), (row["chosen"], row["rejected"])
     if isinstance(chosen, list) != isinstance(rejected, list):
         refuse(number, f"chosen is {shown(chosen)} and rejected {shown(rejected)}", "give both in one form")

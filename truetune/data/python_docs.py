@@ -76,7 +76,10 @@ class _Entry(NamedTuple):
 
 
 def rows(split: str) -> list[dict[str, Any]]:
-    """The rows of ``"train"`` or ``"test"``, always in the same order. The first call takes a second."""
+    """Docstrings of the installed standard library as questions and answers; nothing is downloaded.
+
+    split: ``"train"`` or ``"test"``, always in the same order. The first call takes a second.
+    """
     return [row for row in _collected() if _split_of(row["module"]) == split]
 
 

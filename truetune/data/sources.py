@@ -114,6 +114,7 @@ def _built_in(source: str, split: str) -> Rows:
 
 
 def _file(source: str, split: str) -> Rows:
+    """A path that ends in .jsonl: one JSON object a line."""
     _check_split(source, split, ("train",))
     read: list[Row] = []
     with Path(source).expanduser().open("rb") as lines:
@@ -143,6 +144,7 @@ def _json_object(line: bytes, where: str) -> Row | None:
 
 
 def _folder(source: str, split: str) -> Rows:
+    """A folder that datasets' save_to_disk wrote, or one with .jsonl, .csv or .parquet files."""
     import datasets
 
     path = Path(source).expanduser()
@@ -159,6 +161,7 @@ def _folder(source: str, split: str) -> Rows:
 
 
 def _hub(source: str, split: str) -> Rows:
+    """A data set on the Hugging Face hub: owner/name, or owner/name:config."""
     import datasets
 
     name, _, config = source.partition(":")

@@ -15,5 +15,8 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """AdamW over ``groups``; ``rate`` and ``weight_decay`` hold where a group has none of its own."""
+    """Decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101), torch's own fused step.
+
+    ``rate`` and ``weight_decay`` hold where one of ``groups`` has none of its own.
+    """
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)

@@ -89,7 +89,7 @@ def shortened(recipe: Recipe, folder: Path, every: int) -> Recipe:
             ),
             "schedule": part("schedule", warmup=min(recipe.schedule.warmup, 1.0)),
             "checkpoint": part("checkpoint", every=every, keep=STEPS),
-            "output": part("output", folder=str(folder), tensorboard=False),
+            "output": part("output", folder=str(folder), tensorboard=False, wandb=False),
         }
     )
 

@@ -26,19 +26,21 @@ def constant(total: int) -> Schedule:
 
 
 def linear(total: int, *, minimum: float = 0.0) -> Schedule:
-    """From 1 straight to ``minimum``."""
+    """From 1 straight to ``minimum`` (Defazio et al. 2023, arXiv 2310.07831)."""
     _require_share("minimum", minimum)
     return _sampled(lambda p: 1 - (1 - minimum) * p, total)
 
 
 def cosine(total: int, *, minimum: float = 0.0) -> Schedule:
-    """From 1 to ``minimum`` along half a period of the cosine."""
+    """From 1 to ``minimum`` along half a period of the cosine (Loshchilov & Hutter 2016, arXiv 1608.03983)."""
     _require_share("minimum", minimum)
     return _sampled(lambda p: minimum + (1 - minimum) * (1 + math.cos(math.pi * p)) / 2, total)
 
 
 def wsd(total: int, *, decay: float = 0.1, minimum: float = 0.0) -> Schedule:
-    """1 until the last ``decay`` (below 1 a share, else steps), then straight to ``minimum``."""
+    """1 until the last ``decay`` (below 1 a share, else steps), then straight to ``minimum`` (Hu et al. 2024, arXiv
+    2404.06395).
+    """
     _require_share("minimum", minimum)
     start = total - _steps("decay", decay, total)
     return _joined(constant(start), start, linear(total - start, minimum=minimum))

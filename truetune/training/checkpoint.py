@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def verify(folder: Path) -> None:
     if text != _manifest(writer, files):
         raise UserError(f"{folder} is damaged ({MANIFEST} is not what was written); use another")
     found = [f for f in folder.rglob("*") if f.is_symlink() or not f.is_dir()]
-    present = {str(f.relative_to(folder)) for f in found} - {MANIFEST}
+    present = {f.relative_to(folder).as_posix() for f in found} - {MANIFEST}
     for name in sorted(present.symmetric_difference(files)):
         raise UserError(f"{folder} is damaged ({name} is missing or was added); use another")
     for name, digest in files.items():
@@ -164,7 +165,7 @@ def _write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Map
     with atomic_folder(target) as scratch:
         for name, group in tensors.items():
             save_file({k: t.detach().contiguous() for k, t in group.items()}, scratch / f"{name}.safetensors")
-        (scratch / STATE).write_text(json.dumps(state, indent=1))
+        (scratch / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
 def _discard(folder: Path, ignore_errors: bool = False) -> None:
@@ -177,7 +178,7 @@ def _discard(folder: Path, ignore_errors: bool = False) -> None:
 
 def _seal(folder: Path) -> None:
     files = sorted(f for f in folder.rglob("*") if f.is_file())
-    digests = {str(f.relative_to(folder)): _digest(f) for f in files}
+    digests = {f.relative_to(folder).as_posix(): _digest(f) for f in files}
     (folder / MANIFEST).write_text(_manifest(truetune.__version__, digests), encoding="utf-8")
     for path in (*files, folder / MANIFEST, *(d for d in folder.rglob("*") if d.is_dir()), folder):
         _sync(path)
@@ -196,7 +197,11 @@ def _digest(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Bring a file to the disk, or the names in a folder; Windows syncs no folder, and only what is open to write."""
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -6,12 +6,13 @@ the data or the model is made safe (``clean``) before it is shown, so that no ro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from truetune import versions
 from truetune.errors import UserError
@@ -176,3 +177,48 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WeightsAndBiases:
+    """The scalars of steps and evaluations as a run of Weights & Biases, its own files under ``folder / "wandb"``.
+
+    name: what the run is called; key: what it is known by, so that a run that goes on stays one. recipe: all that is
+    handed over beside the scalars: no rows, no answers, no code, no environment and nothing of the machine.
+    Raises UserError where the extra is not installed, or it will not begin.
+    """
+
+    def __init__(self, folder: Path, name: str, key: str, recipe: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "Weights & Biases is missing; pip install 'truetune[wandb]' or set output.wandb=false"
+            ) from error
+        settings = wandb.Settings(
+            console="off", disable_code=True, disable_git=True, x_disable_meta=True, x_disable_stats=True
+        )
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "truetune"),
+                name=name,
+                id=hashlib.sha256(key.encode()).hexdigest()[:16],
+                resume="allow",
+                dir=str(folder),
+                config=dict(recipe),
+                settings=settings,
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"Weights & Biases would not begin ({reason}); run wandb login, or set WANDB_MODE=offline"
+            ) from error
+        # Its own count of steps only grows, and would refuse those that a resumed run takes again.
+        for part in (Step, Evaluation):
+            self._run.define_metric(f"{part.kind}/*", step_metric="trained_steps")
+
+    def write(self, record: Record) -> None:
+        if scalars := dict(_scalars(record)):
+            self._run.log({"trained_steps": record.step, **scalars})
+
+    def close(self) -> None:
+        self._run.finish()

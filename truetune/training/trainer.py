@@ -317,7 +317,7 @@ class Trainer:
         def write() -> None:
             with atomic_folder(folder) as scratch:
                 save_file(tensors, scratch / "batch.safetensors")
-                (scratch / "step.json").write_text(json.dumps(facts, indent=1))
+                (scratch / "step.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
                 if self.checkpoints:
                     Checkpoints(scratch, keep=1).save(self.step, weights, state)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from truetune.errors import UserError
+from truetune.training import checkpoint
 from truetune.training.checkpoint import MANIFEST, Checkpoints, atomic_folder, verify
 
 
@@ -86,3 +89,35 @@ def test_an_error_that_safetensors_tells_of_in_its_own_way_is_one_of_the_disk(tm
 def test_nothing_to_resume_from(tmp_path):
     with pytest.raises(UserError, match="no intact checkpoint"):
         Checkpoints(tmp_path).newest()
+
+
+def test_windows_syncs_files_that_are_open_to_write_and_no_folders(tmp_path, monkeypatch):
+    opened, real, synced = {}, os.open, os.fsync
+
+    def opening(path, flags, *rest, **named):
+        descriptor = real(path, flags, *rest, **named)
+        if Path(path).is_dir() and not flags & getattr(os, "O_DIRECTORY", 0):
+            raise PermissionError(path)
+        opened[descriptor] = flags
+        return descriptor
+
+    def syncing(descriptor):
+        if not opened.get(descriptor, os.O_RDWR) & os.O_RDWR:
+            raise OSError("read only")
+        synced(descriptor)
+
+    monkeypatch.setattr(checkpoint.sys, "platform", "win32")
+    monkeypatch.setattr(checkpoint.os, "open", opening)
+    monkeypatch.setattr(checkpoint.os, "fsync", syncing)
+    kept = Checkpoints(tmp_path)
+    kept.save(1, {"weights": {"a": torch.ones(2)}}, {"step": 1})
+    monkeypatch.undo()
+    assert kept.newest() == (1, [])
+
+
+def test_names_in_a_manifest_are_the_same_on_every_system(tmp_path):
+    with atomic_folder(tmp_path / "out") as scratch:
+        (scratch / "inner").mkdir()
+        (scratch / "inner" / "file").write_text("x")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert list(manifest["files"]) == ["inner/file"]

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -20,7 +21,16 @@ from truetune.training.record import (
     as_json,
     from_json,
 )
-from truetune.training.sinks import JsonLines, JsonStream, TensorBoard, clean, duration, first_looks, size
+from truetune.training.sinks import (
+    JsonLines,
+    JsonStream,
+    TensorBoard,
+    WeightsAndBiases,
+    clean,
+    duration,
+    first_looks,
+    size,
+)
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07 \r\x9b31m [bold red]x[/] :smile: \u202etxt"
 
@@ -171,6 +181,74 @@ def test_tensorboard_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"pip install 'truetune\[tensorboard\]'"):
         TensorBoard(tmp_path)
+
+
+class FakeWandb(ModuleType):
+    """What the sink calls of wandb, and with what."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, refusal: str = "") -> None:
+        super().__init__("wandb")
+        self.refusal, self.began, self.logged, self.axes, self.over = refusal, {}, [], [], False
+
+    def Settings(self, **given):
+        return given
+
+    def init(self, **given):
+        if self.refusal:
+            raise self.Error(self.refusal)
+        self.began = given
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.axes.append((name, step_metric))
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.over = True
+
+
+def test_weights_and_biases_gets_scalars_and_recipe_and_nothing_else(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    sink = WeightsAndBiases(tmp_path, "run", "run 2026", {"train": {"steps": 2}})
+    secret = Samples(2, (Sample("a private prompt", "r", "a", True),))
+    for record in (
+        step(1, loss=2.0),
+        step(2, tokens_per_second=None),
+        evaluation(2, 1.5),
+        secret,
+        Saved(2, "x", "end"),
+    ):
+        sink.write(record)
+    sink.close()
+    assert fake.over and fake.began["project"] == "truetune" and fake.began["config"] == {"train": {"steps": 2}}
+    assert fake.began["dir"] == str(tmp_path) and fake.began["resume"] == "allow"
+    assert [values["trained_steps"] for values in fake.logged] == [1, 2, 2]
+    assert fake.logged[0]["step/loss"] == 2.0 and "step/tokens_per_second" not in fake.logged[1]
+    assert fake.logged[2]["evaluation/loss"] == 1.5 and "private" not in str(fake.logged)
+    assert ("step/*", "trained_steps") in fake.axes
+    keys = [fake.began["id"]]
+    for key in ("run 2026", "run 2027"):
+        WeightsAndBiases(tmp_path, "run", key, {})
+        keys.append(fake.began["id"])
+    assert keys[0] == keys[1] != keys[2], "a run that goes on is the same one"
+    settings = fake.began["settings"]
+    assert settings["disable_code"] and settings["disable_git"] and settings["x_disable_meta"]
+
+
+def test_weights_and_biases_that_is_missing_or_refuses_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'truetune\[wandb\]' or set output\.wandb=false"):
+        WeightsAndBiases(tmp_path, "run", "key", {})
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("no API key\nconfigured."))
+    with pytest.raises(UserError, match=r"would not begin \(no API key configured\); run wandb login, or set WANDB_"):
+        WeightsAndBiases(tmp_path, "run", "key", {})
 
 
 def test_a_log_file_gets_about_twenty_plain_lines():
