@@ -219,7 +219,7 @@ class Recipe(Part):
         """Raises UserError for what is wrong, unless the caller says that it makes the sentences itself."""
         if info.context == faults.DETAILS or not isinstance(values, Mapping):
             return handler(values)
-        required = {name: {} for name, field in cls.model_fields.items() if field.is_required()}
+        required: dict[str, Any] = {name: {} for name, field in cls.model_fields.items() if field.is_required()}
         values = required | dict(values)  # so that what is missing is a key, not a section
         try:
             return handler(values)

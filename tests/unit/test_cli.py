@@ -22,6 +22,7 @@ from truetune import doctor, spelling
 from truetune.cli import app, main, show
 from truetune.errors import UserError
 from truetune.models.export import Export
+from truetune.training.record import Verdict
 
 ROOT = Path(__file__).parents[2]
 ENTRY = "from truetune.cli import main; main()"
@@ -121,6 +122,22 @@ def test_json_alone_is_on_stdout_and_quiet_prints_where_the_result_is(calls: lis
     assert json.loads(invoke("export", "runs/a", "--json").stdout) == figures
     assert invoke("export", "runs/a", "--quiet").stdout == "out\n"
     assert invoke("export", "runs/a").stdout == "out  (logits read back within 1.0e-03, bound 2.0e-03)\n"
+
+
+def test_verdicts_are_lines_of_json_or_only_those_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Verdict("a", True, "1"), Verdict("b", False, "2, bound 1", "mend it")]
+    promises = ModuleType("truetune.promises")
+    promises.__dict__.update(
+        PROMISES={"a": None, "b": None}, proof_folder=lambda _: Path("runs/p"), prove=lambda *_: iter(found)
+    )
+    monkeypatch.setitem(sys.modules, "truetune.promises", promises)
+    keys = ["prove", "model.path=m", "data.source=s"]
+    result = invoke(*keys)
+    assert result.exit_code == 1 and result.stdout.startswith("holds  a  1\nFAILS  b  2, bound 1; mend it\n1 of 2")
+    result = invoke(*keys, "--json")
+    assert [json.loads(line)["passed"] for line in result.stdout.splitlines()] == [True, False]
+    assert "1 of 2 promises hold" in result.stderr
+    assert invoke(*keys, "--quiet").stdout == "FAILS  b  2, bound 1; mend it\nruns/p\n"
 
 
 def test_the_version_is_told() -> None:

@@ -91,7 +91,7 @@ def ended_by_signals(sentence: str) -> Iterator[None]:
 @contextmanager
 def halted_by_signals(halt: Callable[[], None]) -> Iterator[None]:
     """The first SIGINT or SIGTERM within the block calls ``halt``; a second one raises KeyboardInterrupt."""
-    seen = []
+    seen: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
         if seen:

@@ -247,3 +247,8 @@ def test_damaged_files_are_named(make_run, file, content, sentence):
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match="give the folder of a run"):
         write(tmp_path)
+
+
+def test_one_evaluation_is_the_best(make_run):
+    text = write(make_run()).read_text()
+    assert text.count("<td>best</td>") == 1 and "best so far" not in text
