@@ -183,6 +183,9 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         targets=adapter.targets,
+        rslora=adapter.rslora,
+        dora=adapter.dora,
+        init=adapter.init,
     )
     if dtype != torch.float32:
         keep_sums_in_fp32(hf)
@@ -193,14 +196,15 @@ def disk_need(job: Job) -> int:
     """Bytes that the run may write: checkpoints as many as are ever there at once, exports, and texts."""
     model, recipe = job.trainer.model, job.recipe
     trained = sum(p.nbytes for p in model.trainable().values())
+    kept = sum(p.nbytes for p in model.kept().values())
     whole = sum(4 * p.numel() for p in model.parameters())  # fp32, should the base's dtype change its logits
     lora, merged = recipe.adapter.method == "lora", recipe.output.merged
     moments = 2 * trained
     checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.keep_best  # one more while it is written
-    weights = trained + whole * merged if lora else whole
+    weights = kept + whole * merged if lora else whole
     files = [f for f in job.loaded.folder.iterdir() if f.suffix in (".json", ".jinja", ".txt", ".model")]
     words = sum(f.stat().st_size for f in files) * (1 + (lora and merged))
-    return checkpoints * (trained + moments) + weights + words + TEXTS + STEP_TEXT * len(job.trainer.stream)
+    return checkpoints * (kept + moments) + weights + words + TEXTS + STEP_TEXT * len(job.trainer.stream)
 
 
 def require_space(job: Job, folder: Path) -> None:

@@ -98,6 +98,9 @@ class Adapter(Part):
     method: Literal["lora", "full"] = Field("lora", description="lora: small matrices beside; full: every weight")
     rank: int = Field(16, gt=0, description="columns of LoRA's two factors")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    rslora: bool = Field(False, description="rank-stabilised: the update is scaled by alpha / sqrt(rank)")
+    dora: bool = Field(False, description="DoRA: also learn the length of each row of the adapted weights")
+    init: Literal["zero", "pissa"] = Field("zero", description="pissa: start from the weight's largest singular parts")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs that are dropped in training")
     targets: str | list[str] = Field("all-linear", description="all-linear, a regex, or module names")
     lora_plus_ratio: float = Field(1.0, gt=0, description="rate of B over rate of A; LoRA+ suggests 16")
@@ -202,6 +205,12 @@ class Recipe(Part):
                 "remove it",
                 "data.cut_limit",
                 "data.too_long",
+            )
+        if self.adapter.init == "pissa" and self.adapter.dora:
+            raise _conflict(
+                "adapter.init=pissa and adapter.dora can't be written as one adapter over the original weights; keep one",
+                "adapter.init",
+                "adapter.dora",
             )
         other = next((k for k in ("source", "split") if getattr(self.evaluation, k) is not None), None)
         if other and "fraction" in held_out:

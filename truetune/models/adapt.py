@@ -1,15 +1,22 @@
-"""How a model is adapted: LoRA through PEFT, or every weight.
+"""How a model is adapted: LoRA and its kin through PEFT, or every weight.
 
-PEFT makes, names, saves and merges the adapters. Where a LoRA layer is plain (one adapter, no dropout, an
-ordinary linear base) its product is computed by ``kernels.lora_linear``: the layer's class becomes a
-subclass of PEFT's own, so that names, saving, merging and copies stay PEFT's.
+PEFT makes, names, saves and merges the adapters. Where a LoRA layer is plain (no dropout, an ordinary linear base)
+its product is computed by ``kernels.lora_linear``: the layer's class becomes a subclass of PEFT's own, so that
+names, saving, merging and copies stay PEFT's. DoRA's layers are computed by PEFT itself.
 
-LoRA: Hu et al., arXiv:2106.09685. y = W x + (alpha / r) B A x, A random, B zero.
+LoRA: Hu et al., arXiv:2106.09685. y = W x + s B A x with s = alpha / r, A random, B zero.
+Rank-stabilised: Kalajdzievski, arXiv:2312.03732. s = alpha / sqrt(r).
+DoRA: Liu et al., arXiv:2402.09353. y = m (W + s B A) x / |W + s B A|, by rows; m starts at |W|, the norm is held fixed
+in the backward.
+PiSSA: Meng, Wang & Zhang, arXiv:2404.02948. s B A starts as the r largest singular parts of W, and the rest of W is
+frozen. Here W stays as it is and the start is subtracted, s (B A - B0 A0), which is the same function: so nothing is
+rounded in a bf16 base, and what is exported is an ordinary adapter of rank 2r over the original weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
 from typing import Any, cast
@@ -26,25 +33,41 @@ from truetune.kernels.lora_linear import lora_linear
 from truetune.models.load import quiet
 
 
+START = "start"
+"""Name of the frozen adapter that holds where PiSSA began; its scaling is negative."""
+
+
 class FusedLoraLinear(PeftLoraLinear):
     """PEFT's LoRA layer with base and adapter computed together; anything unusual goes PEFT's way."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or args or kwargs or len(self.active_adapters) != 1:
+        if self.disable_adapters or self.merged or args or kwargs or not self.active_adapters:
             return super().forward(x, *args, **kwargs)
-        name = self.active_adapters[0]
-        base, a, b = (cast(nn.Linear, m) for m in (self.base_layer, self.lora_A[name], self.lora_B[name]))
-        return lora_linear(x, base.weight, base.bias, a.weight, b.weight, self.scaling[name])
+        base = cast(nn.Linear, self.base_layer)
+        return lora_linear(x, base.weight, base.bias, *factors(self))
+
+
+def factors(layer: PeftLoraLinear) -> tuple[Tensor, Tensor, float]:
+    """A [R, I], B [O, R] and s, whose product s B A is what the active adapters of ``layer`` add together."""
+    names = layer.active_adapters
+    parts = [(cast(Tensor, layer.lora_A[n].weight), cast(Tensor, layer.lora_B[n].weight)) for n in names]
+    if len(parts) == 1:
+        return *parts[0], layer.scaling[names[0]]
+    scaled = [b * layer.scaling[n] for n, (_, b) in zip(names, parts, strict=True)]
+    return torch.cat([a for a, _ in parts]), torch.cat(scaled, 1), 1.0
+
+
+def lora_layers(model: nn.Module) -> dict[str, PeftLoraLinear]:
+    """The LoRA layers of ``model`` by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, PeftLoraLinear)}
 
 
 def fuse(model: nn.Module) -> int:
     """Let the plain LoRA layers of ``model`` compute through our kernel; how many they are."""
-    fused = 0
-    for module in model.modules():
-        if type(module) is PeftLoraLinear and _is_plain(module):
-            module.__class__ = FusedLoraLinear
-            fused += 1
-    return fused
+    plain = [m for m in model.modules() if type(m) is PeftLoraLinear and _is_plain(m)]
+    for module in plain:
+        module.__class__ = FusedLoraLinear
+    return len(plain)
 
 
 @contextlib.contextmanager
@@ -60,26 +83,90 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def _is_plain(layer: PeftLoraLinear) -> bool:
-    names = list(layer.lora_A)
     return (
-        len(names) == 1
-        and not layer.lora_variant
+        not layer.lora_variant
         and not layer.fan_in_fan_out
-        and isinstance(layer.lora_dropout[names[0]], nn.Identity)
-        and layer.lora_B[names[0]].bias is None
+        and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+        and all(b.bias is None for b in layer.lora_B.values())
         and type(layer.base_layer) is nn.Linear
         and not layer.base_layer.weight.requires_grad
     )
 
 
 def add_lora(
-    model: PreTrainedModel, head: str, *, rank: int, alpha: float, dropout: float, targets: str | list[str]
+    model: PreTrainedModel,
+    head: str,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str | list[str],
+    rslora: bool = False,
+    dora: bool = False,
+    init: str = "zero",
 ) -> PeftModel:
     """Put LoRA adapters (fp32) into ``model`` in place and freeze the rest.
 
     targets: "all-linear" (every linear layer that the model calls, but the head), a regular expression
-    over full module names, or a list of module names. Raises UserError when they name nothing.
+    over full module names, or a list of module names. init: "zero" or "pissa".
+    Raises UserError when they name nothing.
     """
+    wanted = _wanted(model, head, targets)
+    conv = {isinstance(model.get_submodule(n), Conv1D) for n in wanted}
+    if len(conv) > 1:
+        raise UserError("adapter.targets mixes Linear and Conv1D layers; name layers of one kind")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with any number
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        use_dora=dora,
+        target_modules=_shortest(wanted, model),
+        fan_in_fan_out=conv.pop(),
+        task_type="CAUSAL_LM",
+    )
+    with quiet():
+        peft = get_peft_model(model, config)
+    if dora:
+        _measure_lengths(peft)
+    if init == "pissa":
+        _start_at_principal(peft, config)
+    fuse(model)
+    return peft
+
+
+def _measure_lengths(model: PeftModel) -> None:
+    """DoRA's m once more: PEFT takes it before its factors are fp32, and so rounds it in a bf16 base."""
+    for layer in lora_layers(model).values():
+        for name, magnitude in layer.lora_magnitude_vector.items():
+            a, b = (cast(nn.Linear, m[name]).weight for m in (layer.lora_A, layer.lora_B))
+            magnitude.update_layer(base_layer=layer.base_layer, lora_A=a, lora_B=b, scaling=layer.scaling[name])
+
+
+@torch.no_grad()
+def _start_at_principal(model: PeftModel, config: LoraConfig) -> None:
+    """PiSSA: s B A becomes the largest singular parts of each weight, a frozen copy of which is subtracted."""
+    with quiet():
+        model.add_adapter(START, copy.deepcopy(config))
+    for layer in lora_layers(model).values():
+        weight = cast(nn.Linear, layer.base_layer).weight.float()
+        u, s, v = torch.linalg.svd(weight.T if layer.fan_in_fan_out else weight, full_matrices=False)
+        rank, scaling = config.r, layer.scaling["default"]
+        if rank > len(s):
+            raise UserError(f"adapter.init=pissa with rank {rank} needs weights of that rank; set adapter.rank={len(s)}")
+        root = (s[:rank] / scaling).sqrt()
+        for name in ("default", START):
+            layer.lora_A[name].weight.copy_(root[:, None] * v[:rank])
+            layer.lora_B[name].weight.copy_(u[:, :rank] * root)
+        layer.scaling[START] = -scaling
+    model.base_model.set_adapter(["default", START])
+    for name, parameter in model.named_parameters():
+        if f".{START}." in name:
+            parameter.requires_grad_(False)
+
+
+def _wanted(model: PreTrainedModel, head: str, targets: str | list[str]) -> list[str]:
+    """Full names of the linear layers that ``targets`` names."""
     linears = called_linears(model)
     if targets == "all-linear":
         wanted = [n for n in linears if n != head]
@@ -97,21 +184,7 @@ def add_lora(
         raise UserError(f"adapter.targets matches no linear layer; {_known(linears)}")
     if head in wanted:
         raise UserError(f"adapter.targets includes the output layer {head!r}; leave it out")
-    conv = {isinstance(model.get_submodule(n), Conv1D) for n in wanted}
-    if len(conv) > 1:
-        raise UserError("adapter.targets mixes Linear and Conv1D layers; name layers of one kind")
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with any number
-        lora_dropout=dropout,
-        target_modules=_shortest(wanted, model),
-        fan_in_fan_out=conv.pop(),
-        task_type="CAUSAL_LM",
-    )
-    with quiet():
-        peft = get_peft_model(model, config)
-    fuse(model)
-    return peft
+    return wanted
 
 
 def _known(linears: list[str]) -> str:

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from truetune.errors import UserError
-from truetune.models.adapt import unfused
+from truetune.models.adapt import START, unfused
 from truetune.models.adapter import note_base
+from truetune.models.join import write_joined
 from truetune.models.load import Loaded, quiet, weights_digest
 from truetune.models.wrap import CausalLM
 
@@ -59,7 +60,9 @@ def export_adapter(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequenc
     config.revision = None if local else loaded.revision
     config.inference_mode = True
     with quiet():
-        model.model.save_pretrained(str(folder))
+        model.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    if START in model.model.peft_config:
+        write_joined(model.model, {"default": 1.0, START: 1.0}, folder)
     note_base(folder, loaded)
     loaded.tokenizer.save_pretrained(folder)
     _same_tokenizer(loaded, folder)
@@ -128,8 +131,8 @@ def _read_back(load: Callable[[], PreTrainedModel | PeftModel], probe: Sequence[
 
 
 def _with_adapter(loaded: Loaded, folder: Path) -> PeftModel:
-    dtype = next(loaded.model.parameters()).dtype
-    return PeftModel.from_pretrained(_reload(loaded, loaded.folder, dtype), folder)
+    dtype = next(loaded.model.parameters()).dtype  # what was trained upon; fp32 then, that no trained weight is rounded
+    return PeftModel.from_pretrained(_reload(loaded, loaded.folder, dtype).float(), folder)
 
 
 def _compare(kind: str, folder: Path, truth: Tensor, got: Tensor, dtype: torch.dtype) -> Export:

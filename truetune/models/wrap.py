@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from truetune.data.batch import Batch
+from truetune.models.adapt import START
 from truetune.models.route import Route
 from truetune.models.tail import Tail
 
@@ -98,3 +99,7 @@ class CausalLM(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name; a tied weight once."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def kept(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint must hold beside the base: trained parameters, and the frozen start of PiSSA."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad or f".{START}." in n}

@@ -251,7 +251,7 @@ class Trainer:
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
         best = None if self.best is None else {"step": self.best.step, "loss": self.best.loss}
-        tensors = {"weights": dict(self.model.trainable()), "optimizer": moments, "random": random}
+        tensors = {"weights": dict(self.model.kept()), "optimizer": moments, "random": random}
         return tensors, {"step": self.step, "best": best, "start": self.start, "owed": self.owed}
 
     def resume(self, step: int) -> None:
@@ -287,7 +287,7 @@ class Trainer:
 
     @torch.no_grad()
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
-        parameters = self.model.trainable()
+        parameters = self.model.kept()
         for name in sorted(parameters.keys() ^ weights.keys()):
             raise UserError(f"the checkpoint and the recipe train different tensors ({name}); resume with its recipe")
         for name, p in parameters.items():
