@@ -23,6 +23,7 @@ from truetune.data.sources import Rows
 from truetune.data.stream import Stream
 from truetune.errors import UserError
 from truetune.models.adapt import add_lora
+from truetune.models.adapter import continued
 from truetune.models.load import Loaded, load, require_causal
 from truetune.models.precision import keep_sums_in_fp32
 from truetune.models.route import choose_route
@@ -176,17 +177,20 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     torch.manual_seed(recipe.train.seed)
     if adapter.method == "full":
         return loaded, CausalLM(hf, tail, route, dtype)
-    model = add_lora(
-        hf,
-        tail.head,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        targets=adapter.targets,
-        rslora=adapter.rslora,
-        dora=adapter.dora,
-        init=adapter.init,
-    )
+    options = {
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "dropout": adapter.dropout,
+        "targets": adapter.targets,
+        "rslora": adapter.rslora,
+        "dora": adapter.dora,
+        "also": adapter.also,
+    }
+    if adapter.path is None:
+        model = add_lora(hf, tail.head, **options, init=adapter.init)
+    else:
+        written = {key: value for key, value in options.items() if key in adapter.model_fields_set}
+        model = continued(loaded, tail.head, adapter.path, written)
     if dtype != torch.float32:
         keep_sums_in_fp32(hf)
     return loaded, CausalLM(model, tail, route, dtype)

@@ -199,6 +199,21 @@ def export(
 
 
 @app.command()
+def merge(
+    parts: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER_OR_RUN=WEIGHT...", help="What is added, and how much.")
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Where to write it.")],
+    merged: Annotated[bool, typer.Option("--merged/--adapter", help="The whole model, or one adapter.")] = False,
+) -> None:
+    """Add adapters of one base with weights: one adapter, or the whole model."""
+    from truetune.merging import merge as run_merge
+
+    done = run_merge(parts, to, merged)
+    typer.echo(f"{done.path}  (logits read back within {done.difference:.1e}, bound {done.bound:.1e})")
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write the page of a run and print its path."""
     from truetune.run import report as run_report

@@ -19,6 +19,7 @@ import truetune
 from truetune import versions
 from truetune.assembly import Job
 from truetune.errors import UserError
+from truetune.models.adapter import provenance
 from truetune.training.patience import patiently, write_text
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
@@ -126,6 +127,7 @@ def model_facts(job: Job) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.trainable().values()),
         "adapter": isinstance(model.model, PeftModel),
+        "adapter_from": provenance(path) if (path := job.recipe.adapter.path) else None,
         "precision": str(model.dtype).removeprefix("torch."),
         "route": model.route.name,
         "route_reason": model.route.reason,

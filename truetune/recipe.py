@@ -103,6 +103,8 @@ class Adapter(Part):
     init: Literal["zero", "pissa"] = Field("zero", description="pissa: start from the weight's largest singular parts")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs that are dropped in training")
     targets: str | list[str] = Field("all-linear", description="all-linear, a regex, or module names")
+    also: str | list[str] = Field([], description="trained in full beside: embeddings, head, norms, or module names")
+    path: str | None = Field(None, min_length=1, description="an adapter or a run whose adapter is trained further")
     lora_plus_ratio: float = Field(1.0, gt=0, description="rate of B over rate of A; LoRA+ suggests 16")
 
 
@@ -206,11 +208,16 @@ class Recipe(Part):
                 "data.cut_limit",
                 "data.too_long",
             )
-        if self.adapter.init == "pissa" and self.adapter.dora:
+        started = next((k for k, v in (("path", self.adapter.path), ("dora", self.adapter.dora)) if v), None)
+        if self.adapter.init == "pissa" and started:
+            reason = {
+                "path": "which has its weights already",
+                "dora": "with which it can't be written as one adapter over the original weights",
+            }
             raise _conflict(
-                "adapter.init=pissa and adapter.dora can't be written as one adapter over the original weights; keep one",
+                f"adapter.init=pissa does not go with adapter.{started}, {reason[started]}; remove one of them",
                 "adapter.init",
-                "adapter.dora",
+                f"adapter.{started}",
             )
         other = next((k for k in ("source", "split") if getattr(self.evaluation, k) is not None), None)
         if other and "fraction" in held_out:

@@ -154,9 +154,11 @@ def anchored(recipe: Recipe) -> Recipe:
     def absolute(name: str | None) -> str | None:
         return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
 
+    started = {"path": absolute(recipe.adapter.path)} if recipe.adapter.path else {}
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"path": absolute(recipe.model.path)}),
+            "adapter": recipe.adapter.model_copy(update=started),
             "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
             "evaluation": recipe.evaluation.model_copy(update={"source": absolute(recipe.evaluation.source)}),
         }

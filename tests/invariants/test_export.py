@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from truetune.assembly import Job
 from truetune.data.batch import Batch
 from truetune.data.chat import DEFAULT_TEMPLATE
+from truetune.models.export import live_logits
 from truetune.models.load import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found missing adapter keys")
@@ -263,3 +264,40 @@ def test_a_broken_export_is_refused_and_leaves_no_folder(
     monkeypatch.undo()
     assert invoke("export", str(folder), f"--{kind}").exit_code == 0
     assert (folder / kind).is_dir()
+
+
+# Every way to adapt.
+
+ADAPTED = [
+    ("llama", torch.float32, ("adapter.dora=true", "adapter.rslora=true", "adapter.also=[norms, head]")),
+    ("qwen2", torch.bfloat16, ("adapter.init=pissa", "adapter.rslora=true", "adapter.lora_plus_ratio=4")),
+    ("qwen2", torch.float32, ("adapter.targets=.*", "adapter.also=norms")),
+    ("qwen2", torch.bfloat16, ("adapter.also=embeddings",)),
+    ("llama", torch.bfloat16, ("adapter.init=pissa", "adapter.targets=.*", "model.precision=bf16")),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "more"), ADAPTED, ids=str)
+def test_it_loads_over_the_original_base_in_plain_peft(
+    family: str, dtype: torch.dtype, more: tuple[str, ...], my_data: Path, tmp_path: Path
+) -> None:
+    base, folder = write_model(tmp_path / "base", family, dtype=dtype), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        jobs = keep_jobs(patch)
+        result = invoke("train", *keys(base, my_data, folder, *SHORT, *more))
+        assert result.exit_code == 0, result.output
+    model, documents = jobs[0].trainer.model, jobs[0].evaluation.documents[:3]
+    probe = [d.tokens.tolist() for d in documents]
+    truth, trained = live_logits(model, probe), Trained(jobs[0], base, folder)
+    with quiet():
+        adapted = PeftModel.from_pretrained(load(base), folder / "adapter")
+    assert off(plain(adapted, trained), truth) < 1e-5 * float(truth.abs().max())
+    merged = {e["kind"]: e for e in facts(folder)["exports"]}["merged"]
+    whole = load(folder / "merged")
+    assert off(plain(whole, trained), truth) <= merged["bound"]
+    assert off(plain(load(base), trained), truth) > 0.1
+    tied = family == "qwen2" and "adapter.targets=.*" not in more
+    head, embeddings = whole.get_output_embeddings().weight, whole.get_input_embeddings().weight
+    assert (head is embeddings) == tied == whole.config.tie_word_embeddings
+    if "adapter.also=embeddings" not in more:  # LoRA on a tied head leaves the embeddings as they were
+        assert torch.equal(embeddings, load(base).get_input_embeddings().weight)

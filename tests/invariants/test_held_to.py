@@ -215,6 +215,18 @@ def test_empty_answers_are_counted_and_shown(my_model: Path, tmp_path: Path) -> 
             ("adapter=none", "adapter.method=full", "adapter.dropout=0.1"),
             "adapter.dropout means nothing with adapter.method=full",
         ),
+        (
+            ("adapter.init=pissa", "adapter.path=x"),
+            "adapter.init=pissa does not go with adapter.path, which has its weights already; remove one",
+        ),
+        (
+            ("adapter.init=pissa", "adapter.dora=true"),
+            "adapter.init=pissa does not go with adapter.dora, with which .*; remove one of them",
+        ),
+        (
+            ("adapter=none", "adapter.method=full", "adapter.also=norms"),
+            "adapter.also means nothing with adapter.method",
+        ),
         (("adapter.method=full", "adapter.rank=4"), "adapter.rank means nothing with adapter.method=full"),
         (
             ("evaluation.source=x.jsonl", "evaluation.fraction=0.1"),

@@ -90,8 +90,8 @@ def both(family: str, method: str, bf16: bool) -> tuple[Any, ...]:
         parameters = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
         assert parameters.keys() == ours.keys()
         for name, p in parameters.items():
-            if "pissa" in method:  # what is drawn by no seed is the same without being copied
-                assert torch.allclose(p, ours[name], atol=1e-5)
+            if "pissa" in method:  # what no seed draws is the same without being copied, but for PEFT's rounding
+                assert torch.allclose(p, ours[name], atol=1e-5 if theirs is truth else 1e-2)
             p.data.copy_(ours[name])
     trainer = tiny_trainer(model, documents, length={"steps": STEPS}, clip=1.0)
     return trainer, plain, truth, documents

@@ -15,10 +15,18 @@ from truetune.training.record import Saved, Step
 STEPS = 6
 
 
-def trainer_in(folder, lora):
+METHODS = {
+    "full": None,
+    "lora": {"dropout": 0.3},
+    "pissa": {"dropout": 0.3, "init": "pissa"},
+    "dora, norms": {"dora": True, "also": "norms"},
+}
+
+
+def trainer_in(folder, method):
     """A run with dropout, evaluation and keep-best, so that random state and the best step matter."""
-    dropout = {"dropout": 0.3} if lora else {}
-    model = wrap(tiny("gpt2", resid_pdrop=0.2), lora, **dropout)
+    options = METHODS[method]
+    model = wrap(tiny("gpt2", resid_pdrop=0.2), options is not None, **(options or {}))
     documents = random_documents(30)
     trainer = tiny_trainer(
         model,
@@ -40,13 +48,13 @@ def weights(trainer):
     return {n: p.detach().clone() for n, p in trainer.model.trainable().items()}
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_every_step_resumes_bit_for_bit(tmp_path, lora):
-    straight = trainer_in(tmp_path / "straight", lora)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_step_resumes_bit_for_bit(tmp_path, method):
+    straight = trainer_in(tmp_path / "straight", method)
     records = [r for r in straight.steps() if isinstance(r, Step)]
     end = weights(straight)
     for step in range(1, STEPS + 1):
-        again = trainer_in(tmp_path / "straight", lora)
+        again = trainer_in(tmp_path / "straight", method)
         again.checkpoints = Checkpoints(tmp_path / "straight", keep=99)
         torch.manual_seed(99)  # whatever the random state was, the checkpoint's counts
         again.resume(step)
@@ -58,8 +66,22 @@ def test_every_step_resumes_bit_for_bit(tmp_path, lora):
         assert again.best.step == straight.best.step
 
 
+def test_the_start_of_pissa_comes_from_the_checkpoint(tmp_path):
+    """Another machine's singular vectors may have other signs: what was subtracted must go on being subtracted."""
+    straight = trainer_in(tmp_path, "pissa")
+    list(straight.steps())
+    again = trainer_in(tmp_path, "pissa")
+    frozen = [p for n, p in again.model.kept().items() if not p.requires_grad]
+    with torch.no_grad():
+        for p in frozen:
+            p.neg_()
+    again.resume(3)
+    list(again.steps())
+    assert frozen and all(torch.equal(weights(straight)[n], p) for n, p in weights(again).items())
+
+
 def test_a_stop_is_saved_at_the_boundary(tmp_path):
-    trainer = trainer_in(tmp_path, lora=True)
+    trainer = trainer_in(tmp_path, "lora")
     trainer.save_every = None
     seen = []
     for record in trainer.steps():
@@ -73,9 +95,9 @@ def test_a_stop_is_saved_at_the_boundary(tmp_path):
 
 def test_optimizer_state_matters(tmp_path):
     """The test above would see a resume that forgets the moments."""
-    straight = trainer_in(tmp_path, lora=False)
+    straight = trainer_in(tmp_path, "full")
     list(straight.steps())
-    again = trainer_in(tmp_path, lora=False)
+    again = trainer_in(tmp_path, "full")
     again.resume(3)
     again.optimizer.state.clear()
     list(again.steps())
@@ -83,6 +105,6 @@ def test_optimizer_state_matters(tmp_path):
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):
-    list(trainer_in(tmp_path, lora=True).steps())
+    list(trainer_in(tmp_path, "lora").steps())
     with pytest.raises(UserError, match="train different tensors"):
-        trainer_in(tmp_path, lora=False).resume(2)
+        trainer_in(tmp_path, "full").resume(2)

@@ -35,17 +35,19 @@ def rates_and_decays(groups: list[dict[str, Any]], names: dict[int, str]) -> dic
 
 
 @pytest.mark.parametrize("ratio", [16.0, 0.5])
-def test_lora_plus_groups_are_those_of_peft(ratio: float) -> None:
+def test_lora_plus_groups_are_those_of_peft_but_for_modules_in_full(ratio: float) -> None:
     model = with_lora()
     names = {id(p): n for n, p in model.named_parameters()}
     theirs = create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=ratio, loraplus_weight_decay=0.1
     )
     ours = adamw(parameter_groups(model.named_parameters(), 1e-3, ratio), 1e-3, weight_decay=0.1)
-    found = rates_and_decays(ours.param_groups, names)
-    assert found == rates_and_decays(theirs.param_groups, names)
+    found, peft = (rates_and_decays(o.param_groups, names) for o in (ours, theirs))
+    in_full = {n for n in found if "modules_to_save" in n}
+    assert in_full and {found.pop(n) for n in in_full} == {(1e-3, 0.0)} != {peft.pop(n) for n in in_full}
+    assert found == peft
     assert {rate for rate, _ in found.values()} == {1e-3, ratio * 1e-3, 1e-6}
-    assert [g["name"] for g in ours.param_groups] == ["A", "embedding", "B", "B_no_decay"]
+    assert [g["name"] for g in ours.param_groups] == ["weights_no_decay", "A", "embedding", "B", "B_no_decay"]
 
 
 def test_with_one_rate_only_biases_and_vectors_do_not_decay() -> None:
@@ -85,7 +87,7 @@ def test_set_rate_keeps_the_ratio_of_the_groups() -> None:
     for factor in (0.5, 0.25, 1.0):
         set_rate(optimizer, factor)
         assert [g["lr"] for g in optimizer.param_groups] == [
-            pytest.approx(factor * peak) for peak in (1e-3, 1e-6, 16e-3, 16e-3)
+            pytest.approx(factor * peak) for peak in (1e-3, 1e-3, 1e-6, 16e-3, 16e-3)
         ]
 
 
@@ -131,4 +133,4 @@ def test_the_peak_survives_a_checkpoint() -> None:
     other = adamw(parameter_groups(pairs, 9.0, 2.0), 9.0)
     other.load_state_dict(saved.state_dict())
     set_rate(other, 1.0)
-    assert [g["lr"] for g in other.param_groups] == [1e-3, 1e-6, 16e-3, 16e-3]
+    assert [g["lr"] for g in other.param_groups] == [1e-3, 1e-3, 1e-6, 16e-3, 16e-3]

@@ -1,7 +1,9 @@
 """Head and cross-entropy in one: the loss of hidden states against a classifier, without a logits matrix.
 
-    logits = softcap * tanh(scale * (h W^T + b) / softcap)        loss = logsumexp(logits) - logits[label]
+    logits = softcap * tanh(scale * (h W^T + l U^T + b) / softcap)        loss = logsumexp(logits) - logits[label]
     total = sum over rows of (weight of the row) * loss
+
+The second product is that of an adapter of the head (LoRA: l = h A^T, U = s B), and may be absent.
 
 The equal goes over the rows in chunks of a fixed number of bytes and computes loss and gradients in the same
 pass: the gradient of the sum is known up to one factor, grad_output, which the backward multiplies in. So
@@ -14,7 +16,7 @@ label smoothing, ignored labels (the caller selects the target rows), second der
 
 Under autocast a weight of another dtype is cast once per call, as ``F.linear`` does. The gradient of a bf16
 weight needs an fp32 accumulator of the weight's shape; that of an fp32 weight is its own.
-Shape suffixes: N target rows, D hidden size, V vocabulary.
+Shape suffixes: N target rows, D hidden size, V vocabulary, R rank of the head's adapter.
 """
 
 from __future__ import annotations
@@ -51,16 +53,21 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     weights_N: Tensor | None = None,
+    low_NR: Tensor | None = None,
+    up_VR: Tensor | None = None,
 ) -> LossTerms:
     """Summed cross-entropy (nats) of rows of hidden states under a linear head.
 
     hidden_ND, weight_VD and bias_V are fp32 or bf16 of one dtype, or any under autocast; labels_N are int64
     class ids in [0, V); weights_N is float32, what each row's loss counts for (None: 1), and gets no gradient.
-    Without rows the total is 0 and so are its gradients. Gradients come back in the inputs' dtypes, and only for
-    inputs that require them; the equals allow one backward per forward.
+    low_NR and up_VR, both or neither, may have another dtype. Without rows the total is 0 and so are its gradients.
+    Gradients come back in the inputs' dtypes, and only for inputs that require them; the equals allow one backward per
+    forward.
     Raises ValueError if the dtypes differ outside autocast.
     """
     logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
+    if low_NR is not None and up_VR is not None:
+        logits_NV = logits_NV + F.linear(low_NR.to(logits_NV.dtype), up_VR.to(logits_NV.dtype))
     logits_NV = logits_NV.to(statistics_dtype(logits_NV.dtype)) * scale
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
@@ -81,9 +88,11 @@ def _chunked(
     scale: float = 1.0,
     softcap: float | None = None,
     weights_N: Tensor | None = None,
+    low_NR: Tensor | None = None,
+    up_VR: Tensor | None = None,
 ) -> LossTerms:
-    gradients = torch.is_grad_enabled()
-    return LossTerms(*_Chunked.apply(hidden_ND, weight_VD, bias_V, labels_N, weights_N, scale, softcap, gradients))
+    inputs = (hidden_ND, weight_VD, bias_V, low_NR, up_VR)
+    return LossTerms(*_Chunked.apply(*inputs, labels_N, weights_N, scale, softcap, torch.is_grad_enabled()))
 
 
 class _Chunked(torch.autograd.Function):
@@ -93,23 +102,23 @@ class _Chunked(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        low_NR: Tensor | None,
+        up_VR: Tensor | None,
         labels_N: Tensor,
         weights_N: Tensor | None,
         scale: float,
         softcap: float | None,
         gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = tuple(gradients and needed for needed in ctx.needs_input_grad[:3])
+        inputs = (hidden_ND, weight_VD, bias_V, low_NR, up_VR)
+        wanted = tuple(gradients and needed for needed in ctx.needs_input_grad[: len(inputs)])
         dtype = compute_dtype(hidden_ND, weight_VD)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            sweep = _Sweep(weight_VD.to(dtype), bias_V, scale, softcap, len(hidden_ND))
-            losses_N, correct_N, found = sweep(hidden_ND, labels_N, weights_N, wanted)
-        grad_hidden_ND, grad_weight_VD, grad_bias_V = found
-        if grad_weight_VD is not None:
-            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        if grad_bias_V is not None and bias_V is not None:
-            grad_bias_V = grad_bias_V.to(bias_V.dtype)
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+            up_VR = None if up_VR is None else up_VR.to(dtype)
+            sweep = _Sweep(weight_VD.to(dtype), bias_V, up_VR, scale, softcap, len(hidden_ND))
+            losses_N, correct_N, found = sweep(hidden_ND, low_NR, labels_N, weights_N, wanted)
+        pairs = zip(found, inputs, strict=True)
+        ctx.save_for_backward(*(None if g is None or x is None else g.to(x.dtype) for g, x in pairs))
         ctx.mark_non_differentiable(losses_N, correct_N)
         weighted_N = losses_N if weights_N is None else losses_N * weights_N
         return weighted_N.sum(), losses_N, correct_N
@@ -127,9 +136,15 @@ class _Sweep:
     """One pass over the rows with buffers that are allocated once."""
 
     def __init__(
-        self, weight_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None, rows: int
+        self,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        up_VR: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        rows: int,
     ) -> None:
-        self.weight_VD, self.bias_V, self.scale, self.softcap = weight_VD, bias_V, scale, softcap
+        self.weight_VD, self.bias_V, self.up_VR, self.scale, self.softcap = weight_VD, bias_V, up_VR, scale, softcap
         dtype, work = weight_VD.dtype, statistics_dtype(weight_VD.dtype)
         vocabulary = len(weight_VD)
         row_bytes = vocabulary * (work.itemsize * (1 + (softcap is not None)) + dtype.itemsize * (dtype != work))
@@ -141,41 +156,57 @@ class _Sweep:
         self.slope_CV = None if softcap is None else weight_VD.new_empty(shape, dtype=work)
 
     def __call__(
-        self, hidden_ND: Tensor, labels_N: Tensor, weights_N: Tensor | None, wanted: tuple[bool, ...]
+        self,
+        hidden_ND: Tensor,
+        low_NR: Tensor | None,
+        labels_N: Tensor,
+        weights_N: Tensor | None,
+        wanted: tuple[bool, ...],
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """Losses, hits, and the gradients of hidden, weight and bias that are wanted."""
-        for_hidden, for_weight, for_bias = wanted
+        """Losses, hits, and the gradients of hidden, weight, bias, low and up that are wanted."""
+        for_hidden, for_weight, for_bias, for_low, for_up = wanted
         rows, work = len(hidden_ND), self.work_CV.dtype
         losses_N = hidden_ND.new_empty(rows, dtype=work)
         correct_N = hidden_ND.new_empty(rows, dtype=torch.bool)
         grad_hidden_ND = torch.empty_like(hidden_ND) if for_hidden else None
         grad_weight_VD = torch.zeros_like(self.weight_VD, dtype=work) if for_weight else None
         grad_bias_V = self.weight_VD.new_zeros(len(self.weight_VD), dtype=work) if for_bias else None
+        grad_low_NR = torch.empty_like(low_NR) if low_NR is not None and for_low else None
+        grad_up_VR = torch.zeros_like(self.up_VR, dtype=work) if self.up_VR is not None and for_up else None
         for start in range(0, rows, max(1, self.rows)):
             part = slice(start, start + self.rows)
             hidden_CD, labels_C1 = hidden_ND[part].to(self.weight_VD.dtype), labels_N[part, None]
-            work_CV = self._softmax(hidden_CD, labels_C1, losses_N[part], correct_N[part])
+            low_CR = None if low_NR is None else low_NR[part].to(self.weight_VD.dtype)
+            work_CV = self._softmax(hidden_CD, low_CR, labels_C1, losses_N[part], correct_N[part])
             if not any(wanted):
                 continue
             self._to_gradient(work_CV, labels_C1)
             if weights_N is not None:
                 work_CV.mul_(weights_N[part, None])
+            logits_CV = self.logits_CV[: len(hidden_CD)]
+            if logits_CV.dtype != work:
+                logits_CV.copy_(work_CV)
             if grad_hidden_ND is not None:
-                logits_CV = self.logits_CV[: len(hidden_CD)]
-                if logits_CV.dtype != work:
-                    logits_CV.copy_(work_CV)
                 grad_hidden_ND[part] = logits_CV @ self.weight_VD
+            if grad_low_NR is not None and self.up_VR is not None:
+                grad_low_NR[part] = logits_CV @ self.up_VR
             if grad_weight_VD is not None:
                 grad_weight_VD.addmm_(work_CV.T, hidden_CD.to(work))
             if grad_bias_V is not None:
                 grad_bias_V += work_CV.sum(0)
-        return losses_N, correct_N, (grad_hidden_ND, grad_weight_VD, grad_bias_V)
+            if grad_up_VR is not None and low_CR is not None:
+                grad_up_VR.addmm_(work_CV.T, low_CR.to(work))
+        return losses_N, correct_N, (grad_hidden_ND, grad_weight_VD, grad_bias_V, grad_low_NR, grad_up_VR)
 
-    def _softmax(self, hidden_CD: Tensor, labels_C1: Tensor, losses_C: Tensor, correct_C: Tensor) -> Tensor:
+    def _softmax(
+        self, hidden_CD: Tensor, low_CR: Tensor | None, labels_C1: Tensor, losses_C: Tensor, correct_C: Tensor
+    ) -> Tensor:
         """Fill losses_C and correct_C; return the softmax, which stands in the work buffer."""
         rows = len(hidden_CD)
         work_CV, logits_CV = self.work_CV[:rows], self.logits_CV[:rows]
         torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
+        if low_CR is not None and self.up_VR is not None:
+            logits_CV.addmm_(low_CR, self.up_VR.T)
         if logits_CV.dtype != work_CV.dtype:
             work_CV.copy_(logits_CV)
         if self.bias_V is not None:

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -31,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from truetune.errors import UserError
 from truetune.kernels.lora_linear import lora_linear
 from truetune.models.load import quiet
-
+from truetune.models.targets import adapted_linears, embeddings_name, in_full, is_tied, shortest
 
 START = "start"
 """Name of the frozen adapter that holds where PiSSA began; its scaling is negative."""
@@ -93,6 +94,17 @@ def _is_plain(layer: PeftLoraLinear) -> bool:
     )
 
 
+def low_rank(layer: PeftLoraLinear) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """x [N, I] -> [N, R] and U [O, R]: ``layer`` adds low(x) U^T to its base, by its active adapters together."""
+    names = layer.active_adapters
+
+    def low(x: Tensor) -> Tensor:
+        x = x.to(layer.lora_A[names[0]].weight.dtype)
+        return torch.cat([layer.lora_A[n](layer.lora_dropout[n](x)) for n in names], -1)
+
+    return low, torch.cat([layer.lora_B[n].weight * layer.scaling[n] for n in names], 1)
+
+
 def add_lora(
     model: PreTrainedModel,
     head: str,
@@ -104,14 +116,18 @@ def add_lora(
     rslora: bool = False,
     dora: bool = False,
     init: str = "zero",
+    also: str | Sequence[str] = (),
 ) -> PeftModel:
     """Put LoRA adapters (fp32) into ``model`` in place and freeze the rest.
 
     targets: "all-linear" (every linear layer that the model calls, but the head), a regular expression
-    over full module names, or a list of module names. init: "zero" or "pissa".
-    Raises UserError when they name nothing.
+    over full module names, or a list of module names. init: "zero" or "pissa". also: modules that are trained in
+    full beside, in fp32. Raises UserError for names of nothing, and for what does not go together.
     """
-    wanted = _wanted(model, head, targets)
+    full = in_full(model, head, also)
+    wanted = adapted_linears(model, head, targets, full)
+    if dora and head in wanted:
+        raise UserError(f"adapter.dora can't adapt the output layer {head}; leave it out of adapter.targets")
     conv = {isinstance(model.get_submodule(n), Conv1D) for n in wanted}
     if len(conv) > 1:
         raise UserError("adapter.targets mixes Linear and Conv1D layers; name layers of one kind")
@@ -121,18 +137,46 @@ def add_lora(
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
-        target_modules=_shortest(wanted, model),
+        target_modules=shortest(wanted, model),
+        modules_to_save=full or None,
+        ensure_weight_tying=is_tied(model) and embeddings_name(model) in full,
         fan_in_fan_out=conv.pop(),
         task_type="CAUSAL_LM",
     )
-    with quiet():
-        peft = get_peft_model(model, config)
-    if dora:
-        _measure_lengths(peft)
+    peft = insert(model, config)
     if init == "pissa":
         _start_at_principal(peft, config)
-    fuse(model)
+        fuse(peft)
     return peft
+
+
+def insert(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """The adapter that ``config`` describes, new, in ``model``; all that is trained is fp32."""
+    full, tied = set(config.modules_to_save or ()), is_tied(model)
+    with quiet():
+        peft = get_peft_model(model, config)
+    if tied and embeddings_name(model) in full and not is_tied(model):
+        raise UserError(
+            "PEFT can't train embeddings and head of this model as the one tensor that they are; drop them "
+            "from adapter.also"
+        )
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.use_dora:
+        _measure_lengths(peft)
+    with_embeddings = getattr(config, "modules_to_tie", None) or ()
+    if surplus := trained_in_full(peft) - full - set(with_embeddings):
+        raise UserError(
+            f"{min(surplus)} would be trained too, by the likeness of its name; leave it out of adapter.also"
+        )
+    fuse(peft)
+    return peft
+
+
+def trained_in_full(model: PeftModel) -> set[str]:
+    """Names, in the model without adapters, of the modules that are trained in full beside LoRA."""
+    return {n for n, m in model.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper)}
 
 
 def _measure_lengths(model: PeftModel) -> None:
@@ -147,13 +191,16 @@ def _measure_lengths(model: PeftModel) -> None:
 def _start_at_principal(model: PeftModel, config: LoraConfig) -> None:
     """PiSSA: s B A becomes the largest singular parts of each weight, a frozen copy of which is subtracted."""
     with quiet():
-        model.add_adapter(START, copy.deepcopy(config))
+        own = {"modules_to_save": None, "ensure_weight_tying": False, "lora_dropout": 0.0}
+        model.add_adapter(START, replace(copy.deepcopy(config), **own))
     for layer in lora_layers(model).values():
         weight = cast(nn.Linear, layer.base_layer).weight.float()
         u, s, v = torch.linalg.svd(weight.T if layer.fan_in_fan_out else weight, full_matrices=False)
         rank, scaling = config.r, layer.scaling["default"]
         if rank > len(s):
-            raise UserError(f"adapter.init=pissa with rank {rank} needs weights of that rank; set adapter.rank={len(s)}")
+            raise UserError(
+                f"adapter.init=pissa with rank {rank} needs weights of that rank; set adapter.rank={len(s)}"
+            )
         root = (s[:rank] / scaling).sqrt()
         for name in ("default", START):
             layer.lora_A[name].weight.copy_(root[:, None] * v[:rank])
@@ -163,57 +210,3 @@ def _start_at_principal(model: PeftModel, config: LoraConfig) -> None:
     for name, parameter in model.named_parameters():
         if f".{START}." in name:
             parameter.requires_grad_(False)
-
-
-def _wanted(model: PreTrainedModel, head: str, targets: str | list[str]) -> list[str]:
-    """Full names of the linear layers that ``targets`` names."""
-    linears = called_linears(model)
-    if targets == "all-linear":
-        wanted = [n for n in linears if n != head]
-    elif isinstance(targets, str):
-        try:
-            wanted = [n for n in linears if re.fullmatch(targets, n)]
-        except re.error as error:
-            raise UserError(f"adapter.targets is no regular expression ({error}); correct it") from error
-    else:
-        wanted = [n for n in linears if any(n == t or n.endswith("." + t) for t in targets)]
-        lost = [t for t in targets if not any(n == t or n.endswith("." + t) for n in linears)]
-        if lost:
-            raise UserError(f"adapter.targets names {lost[0]!r}, which is no linear layer here; {_known(linears)}")
-    if not wanted:
-        raise UserError(f"adapter.targets matches no linear layer; {_known(linears)}")
-    if head in wanted:
-        raise UserError(f"adapter.targets includes the output layer {head!r}; leave it out")
-    return wanted
-
-
-def _known(linears: list[str]) -> str:
-    names = sorted({n.rsplit(".", 1)[-1] for n in linears})
-    return f"the model has {', '.join(names[:12])}"
-
-
-@torch.no_grad()
-def called_linears(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that a forward calls; a layer whose weight is read directly is not one."""
-    called: list[str] = []
-    hooks = [
-        m.register_forward_hook(lambda _m, _a, _o, name=name: called.append(name))
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D)
-    ]
-    training = model.training
-    model.eval()
-    try:
-        model(input_ids=torch.arange(1, 9, device=model.device)[None], use_cache=False)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return list(dict.fromkeys(called))
-
-
-def _shortest(wanted: list[str], model: nn.Module) -> list[str]:
-    """Last parts of the names where these pick the same modules, as in PEFT's own configs; else the names."""
-    short = sorted({n.rsplit(".", 1)[-1] for n in wanted})
-    matched = {n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in short}
-    return short if matched == set(wanted) else sorted(wanted)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from truetune.errors import UserError
@@ -22,6 +23,7 @@ from truetune.models.adapt import START, unfused
 from truetune.models.adapter import note_base
 from truetune.models.join import write_joined
 from truetune.models.load import Loaded, quiet, weights_digest
+from truetune.models.targets import is_tied
 from truetune.models.wrap import CausalLM
 
 BOUND = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -66,8 +68,8 @@ def export_adapter(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequenc
     note_base(folder, loaded)
     loaded.tokenizer.save_pretrained(folder)
     _same_tokenizer(loaded, folder)
-    got = _read_back(lambda: _with_adapter(loaded, folder), probe)
-    return _compare("adapter", folder, live_logits(model, probe), got, torch.float32)
+    got = read_back(lambda: _with_adapter(loaded, folder), probe)
+    return compare("adapter", folder, live_logits(model, probe), got, torch.float32)
 
 
 def export_merged(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequence[Sequence[int]]) -> Export:
@@ -75,33 +77,53 @@ def export_merged(model: CausalLM, loaded: Loaded, folder: Path, probe: Sequence
 
     Where that dtype would change the logits by more than its bound, the model is written in fp32.
     """
-    truth = live_logits(model, probe)
-    kind = "merged" if isinstance(model.model, PeftModel) else "model"
+    return export_whole(model.model, model.route.published, loaded, folder, live_logits(model, probe), probe)
+
+
+def export_whole(
+    model: PreTrainedModel | PeftModel,
+    attention: str,
+    loaded: Loaded,
+    folder: Path,
+    truth: Tensor,
+    probe: Sequence[Sequence[int]],
+) -> Export:
+    """As ``export_merged``; ``truth``: the live model's logits of ``probe``; ``attention``: what its config names."""
+    kind = "merged" if isinstance(model, PeftModel) else "model"
     loaded.tokenizer.save_pretrained(folder)
     _same_tokenizer(loaded, folder)
     for dtype in dict.fromkeys((stored_dtype(loaded), torch.float32)):
-        _write_whole(model, folder, dtype)
-        got = _read_back(lambda: _reload(loaded, folder, "auto"), probe)
-        export = _compare(kind, folder, truth, got, dtype)
+        _write_whole(model, attention, folder, dtype)
+        got = read_back(lambda: reload(loaded, folder, "auto"), probe)
+        export = compare(kind, folder, truth, got, dtype)
         if export.passed:
             break
     return export
 
 
-def _write_whole(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
-    whole = copy.deepcopy(model.model).float()
+def _write_whole(model: PreTrainedModel | PeftModel, attention: str, folder: Path, dtype: torch.dtype) -> None:
+    whole = copy.deepcopy(model).float()
     if isinstance(whole, PeftModel):
-        whole = whole.merge_and_unload()
+        _untie_adapted_head(whole)
+        with quiet():
+            whole = whole.merge_and_unload()
     whole = whole.to(dtype)
     whole.config.dtype = dtype
-    whole.set_attn_implementation(model.route.published)
+    whole.set_attn_implementation(attention)
     for earlier in folder.glob("*.safetensors*"):  # of another dtype
         earlier.unlink()
     with quiet():
         whole.save_pretrained(folder)
 
 
-def _reload(loaded: Loaded, folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def _untie_adapted_head(model: PeftModel) -> None:
+    """Give a tied head that LoRA adapts a weight of its own: merging must leave the embeddings as they are."""
+    head = model.get_base_model().get_output_embeddings()
+    if isinstance(head, LoraLinear) and is_tied(model.get_base_model()):
+        head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
+
+
+def reload(loaded: Loaded, folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=loaded.trust_remote_code)
 
 
@@ -115,27 +137,30 @@ def stored_dtype(loaded: Loaded) -> torch.dtype:
 def live_logits(model: CausalLM, probe: Sequence[Sequence[int]]) -> Tensor:
     """Logits [sum of lengths, V] of the live model, in fp32, by Hugging Face's and PEFT's own code."""
     with model.as_published() as hf, unfused(hf):
-        return _logits(copy.deepcopy(hf).float(), probe)
+        return logits(copy.deepcopy(hf).float(), probe)
 
 
 @torch.no_grad()
-def _logits(hf: PreTrainedModel | PeftModel, probe: Sequence[Sequence[int]]) -> Tensor:
+def logits(hf: PreTrainedModel | PeftModel, probe: Sequence[Sequence[int]]) -> Tensor:
+    """Logits [sum of lengths, V] of the documents of ``probe``, one at a time."""
     device = next(hf.parameters()).device
     rows = [hf(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0] for ids in probe]
     return torch.cat(rows).cpu()
 
 
-def _read_back(load: Callable[[], PreTrainedModel | PeftModel], probe: Sequence[Sequence[int]]) -> Tensor:
+def read_back(load: Callable[[], PreTrainedModel | PeftModel], probe: Sequence[Sequence[int]]) -> Tensor:
+    """The same of what ``load`` finds, in fp32."""
     with quiet():
-        return _logits(load().float().eval(), probe)
+        return logits(load().float().eval(), probe)
 
 
 def _with_adapter(loaded: Loaded, folder: Path) -> PeftModel:
     dtype = next(loaded.model.parameters()).dtype  # what was trained upon; fp32 then, that no trained weight is rounded
-    return PeftModel.from_pretrained(_reload(loaded, loaded.folder, dtype).float(), folder)
+    return PeftModel.from_pretrained(reload(loaded, loaded.folder, dtype).float(), folder)
 
 
-def _compare(kind: str, folder: Path, truth: Tensor, got: Tensor, dtype: torch.dtype) -> Export:
+def compare(kind: str, folder: Path, truth: Tensor, got: Tensor, dtype: torch.dtype) -> Export:
+    """How far ``got`` is from ``truth``, and how far it may be where weights are stored in ``dtype``."""
     difference = float((got - truth).abs().max())
     return Export(kind, str(folder), difference, BOUND[dtype] * float(truth.abs().max()))
 

@@ -262,6 +262,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between the libraries; the user can't act on it
+            warnings.filterwarnings("ignore", ".*(tie_word_embeddings|no longer tied|tied modules)")  # seen to here
             yield
     finally:
         transformers_logging.set_verbosity(level)

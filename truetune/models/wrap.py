@@ -8,32 +8,36 @@ Shape suffixes: T tokens of the batch, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from truetune.data.batch import Batch
-from truetune.models.adapt import START
+from truetune.models.adapt import START, low_rank
 from truetune.models.route import Route
 from truetune.models.tail import Tail
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What lies between hidden state and logits: ``softcap * tanh(scale * (h W^T + b) / softcap)``.
+    """What lies between hidden state and logits: ``softcap * tanh(scale * (h W^T + low(h) U^T + b) / softcap)``.
 
     weight [V, D]; bias [V] or None; softcap None where there is none. Measured by ``models.tail``.
+    low: [N, D] -> [N, R] and up: U [V, R] are LoRA on the head, or None.
     """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
+    low: Callable[[Tensor], Tensor] | None = None
+    up: Tensor | None = None
 
 
 class CausalLM(nn.Module):
@@ -66,7 +70,8 @@ class CausalLM(nn.Module):
     @property
     def head(self) -> Head:
         layer = cast(nn.Linear, self.hf.get_submodule(self.tail.head))
-        return Head(layer.weight, layer.bias, self.tail.scale, self.tail.softcap)
+        low, up = low_rank(layer) if isinstance(layer, LoraLinear) else (None, None)
+        return Head(layer.weight, layer.bias, self.tail.scale, self.tail.softcap, low, up)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states [T, D] that the head would read, each document isolated from its neighbours."""

@@ -33,5 +33,7 @@ class NextToken:
                 head.scale,
                 head.softcap,
                 None if batch.weights is None else batch.weights[chosen],
+                head.low(hidden_ND) if head.low else None,
+                head.up,
             )
         return Terms(terms.total, terms.losses, terms.correct)

@@ -1,8 +1,9 @@
 """Parameter groups: which parameter learns at which peak rate, and which decays.
 
 LoRA+ (Hayou et al. 2024, arXiv 2402.12354): the zero-initialised, output-side matrix B learns ``ratio``
-times faster than A. The grouping is PEFT's: B also takes every vector (bias, norm), and LoRA on an embedding
-learns at a fixed 1e-6.
+times faster than A. The grouping is PEFT's: B also takes every vector (bias, DoRA's lengths), and LoRA on an
+embedding learns at a fixed 1e-6. But modules that are trained in full beside LoRA learn at the plain rate, all of
+them, where PEFT gives their vectors the rate of B.
 
 Trained parameters are fp32 whatever the model computes in (bf16 goes through autocast): in bf16 an update
 below about 1/512 of the weight would be rounded away, and training would stall in silence.
@@ -64,6 +65,8 @@ def parameter_groups(
 
 
 def _role(name: str, parameter: Tensor) -> str:
+    if "modules_to_save" in name:
+        return "weights"
     if "lora_embedding_" in name:
         return "embedding"
     return "B" if "lora_B" in name or parameter.ndim == 1 else "A"

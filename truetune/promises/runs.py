@@ -14,6 +14,7 @@ from truetune import run
 from truetune.checks.preflight import crop, restored
 from truetune.data.batch import Batch
 from truetune.facts import Facts
+from truetune.models.adapt import START
 from truetune.optim import set_rate
 from truetune.promises.ground import STEPS, Ground, shortened
 from truetune.report.folder import Run
@@ -87,16 +88,22 @@ def _wrong_rates(ground: Ground) -> list[str]:
     """Is all trained that the recipe says, in one group each, and does B learn at its multiple of A's rate?"""
     model, adapter, rate = ground.trainer.model, ground.recipe.adapter, ground.recipe.optimizer.rate
     trained, lora = model.trainable(), adapter.method == "lora"
-    wanted = {n for n, _ in model.model.named_parameters() if not lora or "lora_" in n}
+    wanted = {n for n, _ in model.model.named_parameters() if not lora or _of_adapter(n)}
     if forgotten := sorted(wanted - trained.keys()):
         return [f"{forgotten[0]} is not trained"]
     groups = ground.trainer.optimizer.param_groups
     peaks = {id(p): g["peak"] for g in groups for p in g["params"]}
     if sorted(peaks) != sorted(map(id, trained.values())) or sum(len(g["params"]) for g in groups) != len(trained):
         return ["the optimizer does not hold each trained tensor once"]
-    rates = {"lora_A": rate, "lora_B": rate * adapter.lora_plus_ratio} if lora else {}
+    times = {"lora_A": 1.0, "lora_B": adapter.lora_plus_ratio, "modules_to_save": 1.0}
+    rates = {part: rate * factor for part, factor in times.items()} if lora else {}
     wrong = [n for n, p in trained.items() for part, w in rates.items() if part in n and peaks[id(p)] != w]
     return [f"{wrong[0]} has the peak rate {peaks[id(trained[wrong[0]])]:g}"] if wrong else []
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether an adapter trains this parameter: all that it has, but where PiSSA started."""
+    return "modules_to_save" in name or ("lora_" in name and f".{START}." not in name)
 
 
 def _moved_at_rate_zero(trainer: Trainer) -> int:
