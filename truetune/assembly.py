@@ -202,6 +202,8 @@ def disk_need(job: Job) -> int:
     trained = sum(p.nbytes for p in model.trainable().values())
     kept = sum(p.nbytes for p in model.kept().values())
     whole = sum(4 * p.numel() for p in model.parameters())  # fp32, should the base's dtype change its logits
+    if model.head.up is not None:  # merged, an adapted head that was tied has a weight of its own
+        whole += 4 * model.head.weight.numel()
     lora, merged = recipe.adapter.method == "lora", recipe.output.merged
     moments = 2 * trained
     checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.keep_best  # one more while it is written
