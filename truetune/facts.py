@@ -13,12 +13,13 @@ from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 import truetune
 from truetune import versions
 from truetune.assembly import Job
 from truetune.errors import UserError
+from truetune.models.adapt import START
 from truetune.models.adapter import provenance
 from truetune.training.patience import patiently, write_text
 
@@ -124,15 +125,35 @@ def model_facts(job: Job) -> dict[str, Any]:
         "source": loaded.source,
         "sha256": loaded.digest,
         "family": model.hf.config.model_type,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for n, p in model.named_parameters() if not _is_spare(n)),
         "trainable": sum(p.numel() for p in model.trainable().values()),
         "adapter": isinstance(model.model, PeftModel),
+        "lora": _lora(model.model.peft_config["default"]) if isinstance(model.model, PeftModel) else None,
         "adapter_from": provenance(path) if (path := job.recipe.adapter.path) else None,
         "precision": str(model.dtype).removeprefix("torch."),
         "route": model.route.name,
         "route_reason": model.route.reason,
         "template_sha256": job.train.report.template,
         "license": None,
+    }
+
+
+def _is_spare(name: str) -> bool:
+    """Whether a parameter stands beside the one that is computed with: of a module trained in full, PiSSA's start."""
+    return ".original_module." in name or f".{START}." in name
+
+
+def _lora(config: LoraConfig) -> dict[str, Any]:
+    """What the adapter is, whether by the recipe or by the adapter that is trained further."""
+    targets = config.target_modules
+    return {
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "rslora": config.use_rslora,
+        "dora": config.use_dora,
+        "targets": targets if isinstance(targets, str) else sorted(targets or ()),
+        "also": list(config.modules_to_save or ()),
     }
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from truetune.errors import UserError
 from truetune.models.adapter import base_of, folder_of
 from truetune.models.export import Export
-from truetune.models.load import load, quiet
+from truetune.models.load import explained, load, quiet
 from truetune.models.merge import merge as merge_folders
 from truetune.training.checkpoint import atomic_folder
 
@@ -20,7 +20,8 @@ from truetune.training.checkpoint import atomic_folder
 def merge(parts: Sequence[str], to: Path, whole: bool = False) -> Export:
     """Add the adapters of ``parts`` ("ADAPTER_OR_RUN=WEIGHT") and write the sum to ``to``, once it reads back right.
 
-    The tokenizer is that of the first. Raises UserError for what can't be read or added, leaving nothing.
+    The tokenizer is that of the first adapter, or of the base where that has none. Raises UserError for what can't
+    be read or added, leaving nothing.
     """
     weights = dict(map(_part, parts))
     if len(weights) < len(parts):
@@ -30,8 +31,9 @@ def merge(parts: Sequence[str], to: Path, whole: bool = False) -> Export:
     first = next(iter(weights))
     base, revision = base_of(first)
     loaded = load(base, revision=revision)
-    with quiet():
-        loaded = replace(loaded, tokenizer=AutoTokenizer.from_pretrained(first, trust_remote_code=False))
+    if (first / "tokenizer_config.json").is_file():  # with the chat template that was trained
+        with quiet(), explained(str(first)):
+            loaded = replace(loaded, tokenizer=AutoTokenizer.from_pretrained(first, trust_remote_code=False))
     with atomic_folder(to) as scratch:
         export = replace(merge_folders(loaded, weights, scratch, whole), path=str(to))
         if not export.passed:

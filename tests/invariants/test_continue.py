@@ -50,7 +50,13 @@ def test_it_goes_on_where_the_adapter_ended(first: Path, my_model: Path, my_data
     origin = facts(second)["model"]["adapter_from"]
     assert origin["path"] == str(first / "adapter") and len(origin["sha256"]) == 64
     text = card(second, tmp_path / "second" / "adapter").read_text()
-    assert "Continues the adapter" in text and "Trained in full beside" not in text
+    for label, value in (
+        ("Rank, alpha, dropout", r"4, 32\D*, 0"),
+        ("Trained in full beside", ".*norm"),
+        ("Scaled by", ".*sqrt"),
+    ):
+        assert re.search(rf"{label} \| {value}", text.replace("\\", "")), (label, text)
+    assert "Continues the adapter" in text
     # Its own resume finds the adapter again, from any folder.
     assert f"path: {first}" in (second / "recipe.yaml").read_text()
 
@@ -119,9 +125,6 @@ def random_adapter(base: Path, folder: Path, seed: int, **options: object) -> Pa
         if "lora_B" in name:
             p.data.normal_(0, 0.05)
     model.save_pretrained(str(folder))
-    for file in base.glob("*token*"):
-        shutil.copy(file, folder)
-    shutil.copy(base / "chat_template.jinja", folder)
     return folder
 
 

@@ -99,18 +99,19 @@ def settings(run: Run) -> list[Row]:
     """The hyper-parameters that decide what was learned; the recipe has them all."""
     get = run.get
     lora = get("recipe.adapter.method") == "lora"
+    adapter = "model.lora" if get("model.adapter_from") else "recipe.adapter"  # whose shapes the run has
     return _rows(
         ("Method", get("recipe.adapter.method"), lambda name: {"full": "every weight", "lora": "LoRA"}[name]),
         (
             "Rank, alpha, dropout",
-            _all(run, "recipe.adapter", "rank", "alpha", "dropout") if lora else None,
+            _all(run, adapter, "rank", "alpha", "dropout") if lora else None,
             str,
         ),
-        ("Adapted modules", get("recipe.adapter.targets") if lora else None, _listed),
-        ("Scaled by", "alpha / sqrt(rank)" if lora and get("recipe.adapter.rslora") else None, str),
-        ("DoRA", "yes" if lora and get("recipe.adapter.dora") else None, str),
+        ("Adapted modules", get(f"{adapter}.targets") if lora else None, _listed),
+        ("Scaled by", "alpha / sqrt(rank)" if lora and get(f"{adapter}.rslora") else None, str),
+        ("DoRA", "yes" if lora and get(f"{adapter}.dora") else None, str),
         ("Start", "PiSSA" if lora and get("recipe.adapter.init") == "pissa" else None, str),
-        ("Trained in full beside", get("recipe.adapter.also") or None, _listed),
+        ("Trained in full beside", get(f"{adapter}.also") or None, _listed),
         ("Continues the adapter", get("model.adapter_from.path"), str),
         ("LoRA+ ratio", get("recipe.adapter.lora_plus_ratio") if lora else None, number),
         ("Optimizer", get("recipe.optimizer"), _named),
