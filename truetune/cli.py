@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from io import TextIOWrapper
@@ -146,7 +146,7 @@ def prove(arguments: RecipeAndKeys = None, quiet: Quiet = False, json: Json = Fa
             held += verdict.passed
             advice = "" if verdict.passed or not verdict.advice else f"; {verdict.advice}"
             if stream:
-                _print_json(stream, verdict)
+                _print_json(stream, asdict(verdict))
             elif not (quiet and verdict.passed):
                 mark = "holds" if verdict.passed else "FAILS"
                 typer.echo(f"{mark}  {verdict.name.ljust(width)}  {verdict.figure}{advice}")
@@ -191,7 +191,7 @@ def export(
     with _standard_output(json) as stream:
         done = run_export(run, "merged" if merged else "adapter", to)
     if stream:
-        _print_json(stream, done, passed=done.passed)
+        _print_json(stream, asdict(done) | {"passed": done.passed})
     elif quiet:
         typer.echo(done.path)
     else:
@@ -235,9 +235,7 @@ def compare(
 
     found, page = compared(runs, to)
     if json:
-        import json as spelling_of_json
-
-        typer.echo(spelling_of_json.dumps(found.as_json() | {"page": str(page)}))
+        _print_json(sys.stdout, found.as_json() | {"page": str(page)})
     elif quiet:
         typer.echo(page)
     else:
@@ -258,7 +256,7 @@ def doctor(quiet: Quiet = False, json: Json = False) -> None:
     findings = list(examine())
     if json:
         for finding in findings:
-            _print_json(sys.stdout, finding)
+            _print_json(sys.stdout, finding._asdict())
     elif shown := [f for f in findings if not quiet or f.state in ("warning", "missing")]:
         _print_table(shown)
     if any(finding.state == "missing" for finding in findings):
@@ -365,12 +363,11 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
     return None, arguments
 
 
-def _print_json(stream: TextIO, what: Any, **more: Any) -> None:
-    """One line of JSON: the fields of a dataclass or of a named tuple."""
+def _print_json(stream: TextIO, values: Mapping[str, Any]) -> None:
+    """One line of JSON."""
     import json
 
-    values = what._asdict() if isinstance(what, tuple) else asdict(what)
-    stream.write(json.dumps(values | more, default=str) + "\n")
+    stream.write(json.dumps(values, default=str) + "\n")
     stream.flush()
 
 

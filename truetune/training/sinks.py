@@ -213,8 +213,8 @@ class WeightsAndBiases:
                 f"Weights & Biases would not begin ({reason}); run wandb login, or set WANDB_MODE=offline"
             ) from error
         # Its own count of steps only grows, and would refuse those that a resumed run takes again.
-        for part in (Step, Evaluation):
-            self._run.define_metric(f"{part.kind}/*", step_metric="trained_steps")
+        for kind in (Step.kind, Evaluation.kind):
+            self._run.define_metric(f"{kind}/*", step_metric="trained_steps")
 
     def write(self, record: Record) -> None:
         if scalars := dict(_scalars(record)):
