@@ -15,6 +15,7 @@ from truetune.training.watch import watch
 ROWS = {
     "completion": [{"prompt": f"{i} and {i} is", "completion": f" {2 * i}."} for i in range(40)],
     "pretrain": [{"text": f"What {i} and {i} is: it is {2 * i}."} for i in range(40)],
+    "alpaca": [{"instruction": f"Add {i} and {i}.", "output": f"It is {2 * i}."} for i in range(40)],
     "classify": [{"prompt": f"{i}", "completion": "even" if i % 2 else "odd"} for i in range(60)],
 }
 ROWS["domain"] = ROWS["pretrain"]
