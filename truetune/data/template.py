@@ -72,14 +72,10 @@ def render(
     try:
         _refuse_powers(template)
         marked = bool(_MARKS.search(template))
-        (text,), spans = render_jinja_template(
-            [messages],
-            tools,
-            chat_template=template,
-            return_assistant_tokens_mask=marked,
-            add_generation_prompt=prompt,
-            **tokenizer.special_tokens_map,
-        )
+        options: dict[str, Any] = {"tools": tools, "chat_template": template, "add_generation_prompt": prompt}
+        options |= {"return_assistant_tokens_mask": marked, **tokenizer.special_tokens_map}
+        found: Any = render_jinja_template([messages], **options)
+        (text,), spans = found
         text.encode()  # half of a surrogate pair is no text
     except (MemoryError, RecursionError):
         raise

@@ -91,7 +91,7 @@ class Turns:
         before = self.chat.messages[:turn]
         whole = whole or self._render(self.chat.messages[: turn + 1], False)
         prompt = self._render(before, True) if before else None
-        marks = whole.marks[len(prompt.marks if prompt else ()) :] if whole.marks is not None else None
+        marks = None if whole.marks is None else whole.marks[len((prompt and prompt.marks) or ()) :]
         text = whole.text
         if prompt and text.startswith(prompt.text):
             start = len(prompt.text)
