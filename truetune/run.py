@@ -382,8 +382,8 @@ def generate(path: Path, prompts: Iterable[str], max_tokens: int) -> Iterator[st
     for prompt in prompts:
         if tokenizer.chat_template:
             asked = [{"role": "user", "content": prompt}]
-            text = bounded("the prompt", partial(render, tokenizer, asked, "the prompt", prompt=True))
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            rendering = bounded("the prompt", partial(render, tokenizer, asked, "the prompt", prompt=True))
+            ids = tokenizer(rendering.text, add_special_tokens=False)["input_ids"]
         else:
             ids = tokenizer(prompt)["input_ids"]
         tokens, _ = answer(model, ids, max_tokens, loaded.stop_ids)

@@ -134,8 +134,8 @@ class Renderer:
         """The example with no more to learn than ``targets`` says."""
         if self.targets != "last" or not isinstance(example, Conversation):
             return example
-        last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-        return replace(example, context=max(example.context, last))
+        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        return replace(example, context=max([example.context, *turns]))
 
     def documents(self, example: Example, row: int = 0) -> Rendered:
         """The example as documents. Raises UserError, naming the row, if it cannot be rendered rightly."""

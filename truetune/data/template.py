@@ -59,17 +59,19 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     where: str,
-    template: str,
+    template: str | None = None,
     prompt: bool = False,
     tools: list[dict[str, Any]] | None = None,
 ) -> Rendering:
     """The messages as text, with the generation prompt if ``prompt``; to be called within ``bounded``.
 
+    template: in place of the tokenizer's own.
     Raises UserError, which begins with ``where``, for whatever keeps the template from it.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
+        template = template or tokenizer.get_chat_template()
         _refuse_powers(template)
         marked = bool(_MARKS.search(template))
         options: dict[str, Any] = {"tools": tools, "chat_template": template, "add_generation_prompt": prompt}
