@@ -177,7 +177,7 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     torch.manual_seed(recipe.train.seed)
     if adapter.method == "full":
         return loaded, CausalLM(hf, tail, route, dtype)
-    options = {
+    options: dict[str, Any] = {
         "rank": adapter.rank,
         "alpha": adapter.alpha,
         "dropout": adapter.dropout,

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -128,7 +128,9 @@ def model_facts(job: Job) -> dict[str, Any]:
         "parameters": sum(p.numel() for n, p in model.named_parameters() if not _is_spare(n)),
         "trainable": sum(p.numel() for p in model.trainable().values()),
         "adapter": isinstance(model.model, PeftModel),
-        "lora": _lora(model.model.peft_config["default"]) if isinstance(model.model, PeftModel) else None,
+        "lora": _lora(cast(LoraConfig, model.model.peft_config["default"]))
+        if isinstance(model.model, PeftModel)
+        else None,
         "adapter_from": provenance(path) if (path := job.recipe.adapter.path) else None,
         "precision": str(model.dtype).removeprefix("torch."),
         "route": model.route.name,

@@ -272,7 +272,7 @@ ADAPTED = [
     ("llama", torch.float32, ("adapter.dora=true", "adapter.rslora=true", "adapter.also=[norms, head]")),
     ("qwen2", torch.bfloat16, ("adapter.init=pissa", "adapter.rslora=true", "adapter.lora_plus_ratio=4")),
     ("qwen2", torch.float32, ("adapter.targets=.*", "adapter.also=norms")),
-    ("qwen2", torch.bfloat16, ("adapter.also=embeddings",)),
+    ("qwen2", torch.bfloat16, ("adapter.also=embeddings", "model.precision=bf16")),
     ("llama", torch.bfloat16, ("adapter.init=pissa", "adapter.targets=.*", "model.precision=bf16")),
 ]
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -97,12 +97,13 @@ def _is_plain(layer: PeftLoraLinear) -> bool:
 def low_rank(layer: PeftLoraLinear) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """x [N, I] -> [N, R] and U [O, R]: ``layer`` adds low(x) U^T to its base, by its active adapters together."""
     names = layer.active_adapters
+    a, b = ({n: cast(nn.Linear, factor[n]).weight for n in names} for factor in (layer.lora_A, layer.lora_B))
 
     def low(x: Tensor) -> Tensor:
-        x = x.to(layer.lora_A[names[0]].weight.dtype)
+        x = x.to(a[names[0]].dtype)
         return torch.cat([layer.lora_A[n](layer.lora_dropout[n](x)) for n in names], -1)
 
-    return low, torch.cat([layer.lora_B[n].weight * layer.scaling[n] for n in names], 1)
+    return low, torch.cat([b[n] * layer.scaling[n] for n in names], 1)
 
 
 def add_lora(
@@ -184,14 +185,16 @@ def _measure_lengths(model: PeftModel) -> None:
     for layer in lora_layers(model).values():
         for name, magnitude in layer.lora_magnitude_vector.items():
             a, b = (cast(nn.Linear, m[name]).weight for m in (layer.lora_A, layer.lora_B))
-            magnitude.update_layer(base_layer=layer.base_layer, lora_A=a, lora_B=b, scaling=layer.scaling[name])
+            cast(Any, magnitude).update_layer(
+                base_layer=layer.base_layer, lora_A=a, lora_B=b, scaling=layer.scaling[name]
+            )
 
 
 @torch.no_grad()
 def _start_at_principal(model: PeftModel, config: LoraConfig) -> None:
     """PiSSA: s B A becomes the largest singular parts of each weight, a frozen copy of which is subtracted."""
     with quiet():
-        own = {"modules_to_save": None, "ensure_weight_tying": False, "lora_dropout": 0.0}
+        own: dict[str, Any] = {"modules_to_save": None, "ensure_weight_tying": False, "lora_dropout": 0.0}
         model.add_adapter(START, replace(copy.deepcopy(config), **own))
     for layer in lora_layers(model).values():
         weight = cast(nn.Linear, layer.base_layer).weight.float()
@@ -203,10 +206,10 @@ def _start_at_principal(model: PeftModel, config: LoraConfig) -> None:
             )
         root = (s[:rank] / scaling).sqrt()
         for name in ("default", START):
-            layer.lora_A[name].weight.copy_(root[:, None] * v[:rank])
-            layer.lora_B[name].weight.copy_(u[:, :rank] * root)
+            cast(Tensor, layer.lora_A[name].weight).copy_(root[:, None] * v[:rank])
+            cast(Tensor, layer.lora_B[name].weight).copy_(u[:, :rank] * root)
         layer.scaling[START] = -scaling
-    model.base_model.set_adapter(["default", START])
+    cast(LoraModel, model.base_model).set_adapter(["default", START])
     for name, parameter in model.named_parameters():
         if f".{START}." in name:
             parameter.requires_grad_(False)

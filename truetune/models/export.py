@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -118,9 +119,12 @@ def _write_whole(model: PreTrainedModel | PeftModel, attention: str, folder: Pat
 
 def _untie_adapted_head(model: PeftModel) -> None:
     """Give a tied head that LoRA adapts a weight of its own: merging must leave the embeddings as they are."""
-    head = model.get_base_model().get_output_embeddings()
-    if isinstance(head, LoraLinear) and is_tied(model.get_base_model()):
-        head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
+    hf = cast(PreTrainedModel, model.get_base_model())
+    head = cast(nn.Module, hf.get_output_embeddings())
+    if isinstance(head, LoraLinear) and is_tied(hf):
+        head.base_layer.weight = nn.Parameter(
+            cast(Tensor, head.base_layer.weight).detach().clone(), requires_grad=False
+        )
 
 
 def reload(loaded: Loaded, folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -38,16 +39,16 @@ def joined(model: PeftModel, weights: Mapping[str, float]) -> tuple[LoraConfig, 
         members = [n for n in weights if n in layer.lora_A]
         if not members:
             continue
-        a_RI = torch.cat([layer.lora_A[n].weight for n in members])
-        b_OR = torch.cat([layer.lora_B[n].weight * (weights[n] * layer.scaling[n]) for n in members], 1)
+        a_RI = torch.cat([cast(Tensor, layer.lora_A[n].weight) for n in members])
+        b_OR = torch.cat([cast(Tensor, layer.lora_B[n].weight) * (weights[n] * layer.scaling[n]) for n in members], 1)
         tensors |= {f"{name}.lora_A.weight": a_RI.contiguous(), f"{name}.lora_B.weight": b_OR.contiguous()}
         ranks[name.removeprefix(PREFIX)] = len(a_RI)
     most = max(ranks.values())
-    config = copy.deepcopy(model.peft_config[first])
+    config = cast(LoraConfig, copy.deepcopy(model.peft_config[first]))
     config.r, config.lora_alpha, config.use_rslora = most, most, False  # a scaling of 1: it is in B
     config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != most}
     config.alpha_pattern = dict(config.rank_pattern)
-    config.target_modules, config.inference_mode = set(ranks), True
+    config.target_modules, config.inference_mode = sorted(ranks), True
     return config, tensors
 
 

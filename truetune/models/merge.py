@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 
 from truetune.errors import UserError
 from truetune.models.adapt import lora_layers
@@ -78,7 +79,7 @@ def _summed(loaded: Loaded, weights: Mapping[Path, float]) -> PeftModel:
         model = PeftModel.from_pretrained(loaded.model, first[1], adapter_name=first[0])
         for name, folder in rest:
             model.load_adapter(folder, adapter_name=name)
-    model.base_model.set_adapter(names)
+    cast(LoraModel, model.base_model).set_adapter(names)
     for layer in lora_layers(model).values():
         for name, weight in zip(names, weights.values(), strict=True):
             if name in layer.scaling:
