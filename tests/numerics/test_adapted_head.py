@@ -25,7 +25,8 @@ def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype, adapter: torch.
         "low_NR": torch.randn(rows, rank).to(dtype).requires_grad_(),
         "up_VR": torch.randn(vocabulary, rank).to(adapter).requires_grad_(),
     }
-    return made | ({"bias_V": torch.randn(vocabulary).to(dtype)} if bias else {})
+    more = {"bias_V": torch.randn(vocabulary).to(dtype), "weights_N": torch.rand(rows)}
+    return made | (more if bias else {})
 
 
 def results(op: Callable[..., LossTerms], tensors: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
@@ -72,7 +73,7 @@ def test_the_adapter_is_a_weight_by_parts() -> None:
     tensors = inputs((9, 8, 50, 3), torch.float64, torch.float64, True)
     a = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     hidden, weight, up = (tensors[n] for n in ("hidden_ND", "weight_VD", "up_VR"))
-    rest = {n: tensors[n] for n in ("labels_N", "bias_V")}
+    rest = {n: tensors[n] for n in ("labels_N", "bias_V", "weights_N")}
     parts = linear_cross_entropy(hidden, weight, **rest, low_NR=hidden @ a.T, up_VR=up, softcap=3.0)
     whole = linear_cross_entropy.reference(hidden, weight + up @ a, **rest, softcap=3.0)
     for ours, theirs in zip(
