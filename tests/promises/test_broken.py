@@ -226,12 +226,12 @@ def test_a_stale_tied_weight_in_the_export(my_data: Path, tmp_path: Path, monkey
     model = write_model(tmp_path / "model", "qwen2")
     whole = export._write_whole
 
-    def stale(live: Any, folder: Path, dtype: torch.dtype) -> None:
+    def stale(live: Any, attention: str, folder: Path, dtype: torch.dtype) -> None:
         head = live.head.weight
         with torch.no_grad():
             kept = head.clone()
             head += 0.3
-            whole(live, folder, dtype)
+            whole(live, attention, folder, dtype)
             head.copy_(kept)
 
     monkeypatch.setattr(export, "_write_whole", stale)
