@@ -45,11 +45,11 @@ def straight(my_model: Path, my_data: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def evidence() -> Callable[..., None]:
-    """Keep figures of a proof in ``results/trust``, from which ``tools/trust.py`` writes ``docs/trust.md``."""
+    """Keep figures of a proof in ``results/trust``, from which ``tools/trust.py`` writes its pages."""
 
     def keep(name: str, **figures: int | float | str) -> None:
-        folder = Path(__file__).parents[1] / "results" / "trust"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        file = Path(__file__).parents[1] / "results" / "trust" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
     return keep

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from families import FAMILIES, VOCABULARY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from truetune.data.batch import Document
@@ -15,6 +16,7 @@ from truetune.data.stream import Stream
 from truetune.models.adapt import add_lora
 from truetune.models.precision import keep_sums_in_fp32
 from truetune.models.route import choose_route
+from truetune.models.router import choose_router
 from truetune.models.tail import measure_tail
 from truetune.models.wrap import CausalLM
 from truetune.objectives.next_token import NextToken
@@ -22,44 +24,15 @@ from truetune.optim import OPTIMIZERS, parameter_groups
 from truetune.schedules import SCHEDULES
 from truetune.training.trainer import Trainer
 
-VOCABULARY = 97
-_COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": _COMMON,
-    "qwen2": _COMMON | {"tie_word_embeddings": True},
-    "gpt2": {
-        "vocab_size": VOCABULARY,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 128,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "mistral": _COMMON | {"sliding_window": 9},
-    "gemma2": _COMMON | {"head_dim": 8, "sliding_window": 9},
-    "falcon": _COMMON | {"num_kv_heads": 2, "alibi": True},
-}
+QUICK = ("falcon alibi", "gemma2", "gpt2", "llama", "mistral", "qwen2")
+"""Families that every commit is tried on: between them both routes, windows, soft caps, biases and tied heads."""
 
 
 def tiny(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random fp32 model of ``family``, every parameter perturbed so that none is at a special value."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**(copy.deepcopy(FAMILIES[family]) | changes))
+    chosen = FAMILIES[family]
+    config = CONFIG_MAPPING[chosen.model_type](**(copy.deepcopy(chosen.config) | changes))
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -110,7 +83,7 @@ def tiny_trainer(
     groups = parameter_groups(model.trainable().items(), rate, ratio)
     return Trainer(
         model=model,
-        objective=NextToken(),
+        objective=NextToken(choose_router(model)),
         optimizer=OPTIMIZERS["adamw"](groups, rate),
         schedule=SCHEDULES[schedule](len(stream)),
         documents=documents,

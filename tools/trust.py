@@ -1,4 +1,4 @@
-"""Writes the figures of ``docs/trust.md`` and ``docs/chat-templates.md`` from where `make proof` leaves them.
+"""Writes the figures of ``docs/trust.md``, ``chat-templates.md`` and ``families.md`` from what `make proof` left.
 
     python tools/trust.py
 
@@ -40,6 +40,22 @@ def templates(file: Path) -> str:
     return "\n".join([*lines, "", "Refused with the sentence:", "", *reasons])
 
 
+def families(folder: Path) -> str:
+    """One row per family of models: its figures, in bold what failed."""
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        kept = json.loads(file.read_bytes())
+        failed = kept["failed"].split(", ")
+        cells = [kept["family"], kept["features"], kept["route"]]
+        for method in ("full", "lora"):
+            for dtype in ("fp32", "bf16"):
+                figure = kept[f"{method}_{dtype}"]
+                cells.append(f"**{figure}**" if f"{method} {dtype}" in failed else figure)
+        rows.append(f"| {' | '.join([*cells, kept['largest']])} |")
+    head = ("family", "exercises", "route", "full fp32", "full bf16", "LoRA fp32", "LoRA bf16", "largest in fp32")
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
+
+
 def main(page: Path, figures: str) -> None:
     text = page.read_text(encoding="utf-8")
     before, mark, rest = text.partition(BEGIN)
@@ -50,5 +66,7 @@ def main(page: Path, figures: str) -> None:
 
 
 if __name__ == "__main__":
-    main(ROOT / "docs" / "trust.md", table(ROOT / "results" / "trust"))
+    TRUST = ROOT / "results" / "trust"
+    main(ROOT / "docs" / "trust.md", table(TRUST))
     main(ROOT / "docs" / "chat-templates.md", templates(ROOT / "results" / "chat-templates.json"))
+    main(ROOT / "docs" / "families.md", families(TRUST / "families"))

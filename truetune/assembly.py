@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +23,12 @@ from truetune.data.stream import Stream
 from truetune.errors import UserError
 from truetune.models.adapt import add_lora
 from truetune.models.adapter import continued
+from truetune.models.coverage import coverage
 from truetune.models.load import Loaded, load, require_causal
 from truetune.models.precision import keep_sums_in_fp32
 from truetune.models.route import choose_route
+from truetune.models.router import choose_router, has_router_loss
+from truetune.models.small import positions_of, takes_more_positions
 from truetune.models.tail import measure_tail
 from truetune.models.wrap import CausalLM
 from truetune.objectives.next_token import NextToken
@@ -58,13 +60,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """A trainer with what it was made of."""
+    """A trainer with what it was made of; notes: sentences that the user should read before it runs."""
 
     recipe: Recipe
     trainer: Trainer
     loaded: Loaded
     train: Part
     evaluation: Part
+    notes: tuple[str, ...] = ()
 
 
 def _silently(_: str, __: str) -> None:
@@ -90,15 +93,22 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
     evaluation = tokenized(recipe, held_out_rows, renderer)
     if train.report.template:  # the default, where the tokenizer has none: it must leave with the model
         loaded.tokenizer.chat_template = renderer.template
-    for part in (train, evaluation):
-        require_known(model, part)
+    notes = [note for part in (train, evaluation) if (note := require_known(model, part))]
+    if isinstance(model.model, PeftModel) and (reach := coverage(model.model)).experts:
+        notes.append(str(reach))
     stream = build_stream(recipe, train.documents)
     steps = len(stream)
     shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options)
     optimizer = registry.bind("optimizer", OPTIMIZERS, recipe.optimizer.name, recipe.optimizer.options)
     ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
     groups = parameter_groups(model.trainable().items(), recipe.optimizer.rate, ratio)
-    objective = NextToken()
+    router = choose_router(model, recipe.train.router_loss)
+    if router is None and recipe.train.router_loss is None and has_router_loss(model.hf):
+        notes.append(
+            "experts are trained without a loss for their balance, as the model's config has it; train.router_loss "
+            "sets one"
+        )
+    objective = NextToken(router)
     held_out = recipe.evaluation
     trainer = Trainer(
         model=model,
@@ -118,7 +128,7 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
         failures=folder,
     )
     torch.manual_seed(recipe.train.seed)
-    return Job(recipe, trainer, loaded, train, evaluation)
+    return Job(recipe, trainer, loaded, train, evaluation, tuple(notes))
 
 
 def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
@@ -173,7 +183,7 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     hf.to(device)  # type: ignore[arg-type]  # transformers wraps the method in a way that loses its signature
     require_causal(hf)
     tail = measure_tail(hf)
-    route = choose_route(hf, tail.decoder)
+    route = choose_route(hf, tail.decoder, recipe.data.max_length)
     torch.manual_seed(recipe.train.seed)
     if adapter.method == "full":
         return loaded, CausalLM(hf, tail, route, dtype)
@@ -225,21 +235,29 @@ def require_space(job: Job, folder: Path) -> None:
         )
 
 
-def require_known(model: CausalLM, part: Part) -> None:
-    """Raise UserError for a token or a position of the documents that the model has no place for."""
+def require_known(model: CausalLM, part: Part) -> str | None:
+    """What to know of documents longer than the model's config promises positions for, where it takes them.
+
+    Raises UserError for a token or a position of the documents that the model has no place for.
+    """
     vocabulary = model.head.weight.shape[0]
-    positions = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for document in part.documents:
-        where, largest = f"{part.report.source}: row {document.row} (the first is 0)", int(document.tokens.max())
+        largest = int(document.tokens.max())
         if largest >= vocabulary:
             raise UserError(
-                f"{where} has token {largest}, but the model has {vocabulary}; use the tokenizer of this model"
+                f"{part.report.source}: row {document.row} (the first is 0) has token {largest}, but the model has "
+                f"{vocabulary}; use the tokenizer of this model"
             )
-        if len(document) > positions:
-            raise UserError(
-                f"{where} has {len(document)} tokens, but the model has {positions} positions; "
-                f"set data.max_length to {positions}"
-            )
+    longest, positions = max(part.documents, key=len), positions_of(model.hf.config)
+    if positions is None or len(longest) <= positions:
+        return None
+    where = f"{part.report.source}: row {longest.row} (the first is 0) has {len(longest)} tokens"
+    if not takes_more_positions(model.hf):
+        raise UserError(f"{where}, but the model has {positions} positions; set data.max_length to {positions}")
+    return (
+        f"{where}, more than the {positions} positions of the model's config; they are computed, not stored, so it "
+        f"runs, but further than the model was made for (data.max_length={positions} would keep within)"
+    )
 
 
 def build_sampler(recipe: Recipe, loaded: Loaded, evaluation: Part, renderer: Renderer) -> Sampler:

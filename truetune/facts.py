@@ -135,6 +135,7 @@ def model_facts(job: Job) -> dict[str, Any]:
         "precision": str(model.dtype).removeprefix("torch."),
         "route": model.route.name,
         "route_reason": model.route.reason,
+        "notes": list(job.notes),
         "template_sha256": job.train.report.template,
         "license": None,
     }

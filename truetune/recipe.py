@@ -131,6 +131,11 @@ class Train(Part):
     tokens_per_step: int = Field(2048, gt=0, description="a step takes documents until it has this many")
     tokens_per_micro_batch: int = Field(2048, gt=0, description="at most this many in memory at once")
     clip: float | None = Field(1.0, gt=0, description="largest L2 norm of the gradient")
+    router_loss: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the load balance of experts in the loss; default: as the model's config has it",
+    )
     seed: int = Field(0, ge=0, lt=1 << 63, description="orders the rows, draws what is held out, starts the adapter")
 
 

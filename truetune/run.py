@@ -72,6 +72,8 @@ def train(
         require_space(job, folder)
     if reason := job.trainer.model.route.reason:
         tell("slow", f"documents run one at a time; packed they would not be apart ({reason})")
+    for note in job.notes:
+        tell("note", note)
     with _refusals_explained(folder):
         if facts:
             _resume(job, facts)

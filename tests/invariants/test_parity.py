@@ -7,42 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from parity import STEPS, plain_losses
 from peft import LoraConfig, get_peft_model
 from tiny import random_documents, tiny, tiny_trainer, wrap
-from torch.nn import functional as F
 
 from truetune.training.record import Step
-
-STEPS = 20
-
-
-def plain_losses(model, documents, stream, *, rate, clip, autocast):
-    """One document at a time, logits from the model itself, sum over the step's targets, one AdamW step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, weight_decay=0.0)
-    losses = []
-    model.eval()  # no dropout is configured; evaluation mode makes sure of it
-    for t in range(len(stream)):
-        step = [documents[i] for i in stream.step(t)]
-        count = sum(d.target_count for d in step)
-        total = 0.0
-        for d in step:
-            ids = torch.tensor(d.tokens[None].astype("int64"))
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-            chosen = torch.tensor(d.targets[1:])
-            loss = F.cross_entropy(logits.float()[chosen], ids[0, 1:][chosen], reduction="sum") / count
-            loss.backward()
-            total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses
-
 
 ADAPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # name: (our options, PEFT's)

@@ -48,7 +48,7 @@ class Preflight:
         if all(v.passed for v in verdicts):
             with restored(trainer):
                 verdicts += moved(trainer, documents)
-                verdicts.append(parity(trainer.model, trainer, documents))
+                verdicts += parity(trainer.model, trainer, documents)
                 verdicts += neighbours(trainer.model, trainer, documents)
         return Checks(trainer.step, tuple(verdicts), self.shown(documents[0]))
 
@@ -188,22 +188,33 @@ def _unrouted(model: CausalLM, name: str, called: set[nn.Module]) -> bool:
 
 
 @torch.no_grad()
-def parity(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> Verdict:
-    """Our loss against logits of the plain Hugging Face model, one document at a time, eager attention."""
+def parity(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
+    """Our loss against logits of the plain Hugging Face model, one document at a time, eager attention; and the router
+    loss, if there is one, against its own."""
     model.eval()
     batch = Batch.of(documents, model.device)
-    ours = trainer.objective(model, batch).losses.double()
+    terms, router = trainer.objective(model, batch), trainer.objective.router
     plain: list[Tensor] = []
+    balance = 0.0
     with model.as_published("eager") as hf, unfused(hf), model.autocast():
         for tokens, labels in zip(batch.tokens.split(batch.lengths), batch.labels.split(batch.lengths), strict=True):
-            logits = hf(input_ids=tokens[None], use_cache=False).logits[0].float()
-            plain.append(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")[labels != IGNORE])
+            out = hf(input_ids=tokens[None], use_cache=False, **({"output_router_logits": True} if router else {}))
+            logits, chosen = out.logits[0].float(), labels != IGNORE
+            plain.append(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")[chosen])
+            if router:
+                balance += router.coefficient * float(out.aux_loss * chosen.sum())
     theirs = torch.cat(plain).double()
-    mine, plainly = float(ours.mean()), float(theirs.mean())
-    difference, bound = off(mine, plainly), LOSS_BOUND[model.dtype]
-    figure = f"{mine:.4f} against {plainly:.4f}: {difference:.1e} relative, bound {bound:.0e}"
+    pairs = {"loss": (float(terms.losses.double().mean()), float(theirs.mean()))}
+    if terms.router is not None:
+        pairs["router loss"] = (float(terms.router) / len(theirs), balance / len(theirs))
+    bound = LOSS_BOUND[model.dtype]
     advice = "this model is not computed rightly here; please report it with its config"
-    return Verdict("loss equals plain Hugging Face", difference <= bound, figure, advice)
+    verdicts = []
+    for name, (mine, plainly) in pairs.items():
+        difference = off(mine, plainly)
+        figure = f"{mine:.4f} against {plainly:.4f}: {difference:.1e} relative, bound {bound:.0e}"
+        verdicts.append(Verdict(f"{name} equals plain Hugging Face", difference <= bound, figure, advice))
+    return verdicts
 
 
 def neighbours(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:

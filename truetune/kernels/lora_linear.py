@@ -40,7 +40,9 @@ def lora_linear(
 @lora_linear.on("cpu", "cuda")
 def _fused(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
     _require_frozen(weight_OI, bias_O)
-    return _LoRALinear.apply(x, weight_OI, bias_O, a_RI, b_OR, scaling)
+    x_TI = x.reshape(-1, x.shape[-1])
+    # Viewed out here: a view made inside a custom function can't be added to in place, as some models do.
+    return _LoRALinear.apply(x_TI, weight_OI, bias_O, a_RI, b_OR, scaling).view(*x.shape[:-1], -1)
 
 
 def _require_frozen(weight_OI: Tensor, bias_O: Tensor | None) -> None:
@@ -52,40 +54,39 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x_TI: Tensor,
         weight_OI: Tensor,
         bias_O: Tensor | None,
         a_RI: Tensor,
         b_OR: Tensor,
         scaling: float,
     ) -> Tensor:
-        dtype = compute_dtype(x, weight_OI)
-        x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        ctx.scaling, ctx.dtype = scaling, x_TI.dtype
+        dtype = compute_dtype(x_TI, weight_OI)
+        x_TI = x_TI.to(dtype)
+        with torch.autocast(x_TI.device.type, enabled=False):
             y_TO = F.linear(x_TI, weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
             low_TR = x_TI @ a_RI.to(dtype).T
             y_TO.addmm_(low_TR, (b_OR * scaling).to(dtype).T)
         _, _, _, for_a, for_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(x_TI if for_a else None, weight_OI, a_RI, b_OR, low_TR if for_b else None)
-        ctx.scaling, ctx.shape, ctx.dtype = scaling, x.shape, x.dtype
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight_OI, a_RI, b_OR, low_TR = ctx.saved_tensors
         for_x, _, _, for_a, for_b, _ = ctx.needs_input_grad
-        grad_TO = grad_y.reshape(-1, grad_y.shape[-1])
         dtype = grad_TO.dtype
-        grad_x = grad_a_RI = grad_b_OR = None
-        with torch.autocast(grad_y.device.type, enabled=False):
+        grad_x_TI = grad_a_RI = grad_b_OR = None
+        with torch.autocast(grad_TO.device.type, enabled=False):
             if for_x or for_a:
                 grad_low_TR = grad_TO @ (b_OR * ctx.scaling).to(dtype)
             if for_x:
                 grad_x_TI = grad_TO @ weight_OI.to(dtype)
-                grad_x = grad_x_TI.addmm_(grad_low_TR, a_RI.to(dtype)).view(ctx.shape).to(ctx.dtype)
+                grad_x_TI = grad_x_TI.addmm_(grad_low_TR, a_RI.to(dtype)).to(ctx.dtype)
             if for_a:
                 grad_a_RI = (grad_low_TR.T @ x_TI).to(a_RI.dtype)
             if for_b:
                 grad_b_OR = (grad_TO.T @ low_TR).to(b_OR.dtype).mul_(ctx.scaling)
-        return grad_x, None, None, grad_a_RI, grad_b_OR, None
+        return grad_x_TI, None, None, grad_a_RI, grad_b_OR, None

@@ -30,7 +30,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
-from transformers.utils.quantization_config import GgufConfig
 
 from truetune.errors import UserError
 from truetune.models.find import find
@@ -215,7 +214,7 @@ def _unpacked(file: Path) -> Path:
                 gguf_file=file.name,
                 trust_remote_code=False,
                 dtype=torch.bfloat16,
-                quantization_config=GgufConfig(dequantize=True),
+                **_dequantized(),
             )
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
@@ -226,6 +225,15 @@ def _unpacked(file: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _dequantized() -> dict[str, Any]:
+    """How to ask for plain weights; releases before there was a choice give nothing else."""
+    try:
+        from transformers.utils.quantization_config import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 @contextlib.contextmanager

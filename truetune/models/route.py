@@ -1,7 +1,7 @@
 """How documents that share a batch are kept apart: a ladder of routes, chosen by proof.
 
 ``flat``   one call for the whole pack; attention is ours and knows the documents.
-``alone``  one call per document: slow, and right for every model.
+``alone``  one call per document: slow, and right for every model whose calls do not depend on earlier ones.
 
 The proof that a route is right is made on a small random copy of the model: packed documents must give
 the hidden states and the parameter gradients that each document gives alone under the model's own eager
@@ -11,9 +11,8 @@ lost sliding window or a position scaling that leaks from a long neighbour is se
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +20,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from truetune.data.batch import Batch
+from truetune.errors import UserError
 from truetune.kernels.attention import packed_attention
+from truetune.models.load import quiet
+from truetune.models.small import scaling_begins, small_copy
 
 ATTENTION = "truetune"
 TOLERANCE = 1e-4  # relative; fp32 noise is 1e-6, the mildest leak seen in a public model 1e-3
@@ -69,7 +71,24 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-def _flat(decoder: nn.Module, batch: Batch) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class States:
+    """hidden [T, D]: what the head would read; router: of each layer of experts, the router's logits [T, E]."""
+
+    hidden: Tensor
+    router: tuple[Tensor, ...] = ()
+
+
+def _states(output: Any, router: bool) -> States:
+    logits = tuple(layer.reshape(-1, layer.shape[-1]) for layer in output.router_logits) if router else ()
+    return States(output.last_hidden_state[0], logits)
+
+
+def _asked(router: bool) -> dict[str, bool]:
+    return {"output_router_logits": True} if router else {}
+
+
+def _flat(decoder: nn.Module, batch: Batch, router: bool = False) -> States:
     lengths = torch.tensor((0, *batch.lengths), dtype=torch.int32, device=batch.tokens.device)
     cumulative = lengths.cumsum(0, dtype=torch.int32)
     longest = max(batch.lengths)
@@ -88,52 +107,85 @@ def _flat(decoder: nn.Module, batch: Batch) -> Tensor:
         max_length_q=longest,
         max_length_k=longest,
         seq_idx=number[None],
+        **_asked(router),
     )
-    return out.last_hidden_state[0]
+    return _states(out, router)
 
 
-def _alone(decoder: nn.Module, batch: Batch) -> Tensor:
-    states = [
-        decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
-        for tokens in batch.tokens.split(batch.lengths)
-    ]
-    return torch.cat(states)
+def _alone(decoder: nn.Module, batch: Batch, router: bool = False) -> States:
+    return _joined([_one(decoder, tokens, router) for tokens in batch.tokens.split(batch.lengths)])
+
+
+def _backwards(decoder: nn.Module, batch: Batch, router: bool = False) -> States:
+    """Each document alone, the last one first: what is right, unless a call leaves something behind."""
+    states = [_one(decoder, tokens, router) for tokens in reversed(batch.tokens.split(batch.lengths))]
+    return _joined(states[::-1])
+
+
+def _one(decoder: nn.Module, tokens: Tensor, router: bool) -> States:
+    return _states(decoder(input_ids=tokens[None], use_cache=False, **_asked(router)), router)
+
+
+def _joined(states: list[States]) -> States:
+    layers = zip(*(s.router for s in states), strict=True)
+    return States(torch.cat([s.hidden for s in states]), tuple(torch.cat(layer) for layer in layers))
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """name: its place on the ladder; attention: what it needs, or None for the model's own;
-    published: the attention the model was loaded with; reason: why not a faster one."""
+    """name: its place on the ladder; states: (decoder, batch, router) -> States;
+    attention: what it needs, or None for the model's own; published: the attention the model was loaded with;
+    reason: why not a faster one; longest: tokens of the longest document that it is proven for, None for any.
+    """
 
     name: str
-    hidden: Callable[[nn.Module, Batch], Tensor]
+    states: Callable[..., States]
     attention: str | None
     published: str
     reason: str = ""
+    longest: int | None = None
 
 
-def choose_route(model: PreTrainedModel, decoder: str) -> Route:
-    """The first route of the ladder that is proven for ``model``; ``decoder`` is the submodule's name."""
+def choose_route(model: PreTrainedModel, decoder: str, longest: int | None = None) -> Route:
+    """The first route of the ladder that is proven for ``model``; ``decoder`` is the submodule's name.
+
+    longest: tokens that a document may have, None for any number.
+    Raises UserError where not even one document at a time is computed rightly.
+    """
     published = model.config._attn_implementation or "eager"
-    flat = Route("flat", _flat, ATTENTION, published)
+    flat = Route("flat", _flat, ATTENTION, published, longest=longest)
     reason = disproof(model, decoder, flat)
-    return flat if reason is None else Route("alone", _alone, None, published, reason)
+    if reason is None:
+        return flat
+    alone = Route("alone", _alone, None, published, reason, longest)
+    fault = disproof(model, decoder, alone)
+    if fault is None:
+        return alone
+    advice, begins = "choose another model", scaling_begins(model.config)
+    if begins and (longest is None or longest > begins):
+        within = replace(alone, longest=begins)
+        advice = advice if disproof(model, decoder, within) else f"set data.max_length to {begins}, or {advice}"
+    raise UserError(
+        f"{type(model).__name__} can't be trained here, not even one document at a time ({fault}); {advice}"
+    )
 
 
 def disproof(model: PreTrainedModel, decoder: str, route: Route) -> str | None:
     """Why ``route`` is not right for models like ``model``, or None when it is."""
-    with torch.random.fork_rng(devices=[]):
+    begins = scaling_begins(model.config)
+    cross = route.longest is None or begins is None or route.longest > begins
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         try:
-            small = _shrunken(model)
-            lengths = (7, 1, 13, 4)
+            small = small_copy(model, cross=cross)
+            lengths = (7, 1, 13, 10, 4)
             tokens = torch.randint(3, 60, (sum(lengths),))
             positions = torch.cat([torch.arange(n) for n in lengths])
             batch = Batch(tokens, tokens, positions, lengths)
             small.set_attn_implementation("eager")
-            truth = _observe(small, decoder, _alone, batch)
+            truth = _observe(small, decoder, _backwards, batch)
             small.set_attn_implementation(route.attention or "eager")
-            got = _observe(small, decoder, route.hidden, batch)
+            got = _observe(small, decoder, route.states, batch)
         except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
             # Any failure to make the proof is a reason to take the slower route, and is shown to the user.
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
@@ -143,16 +195,14 @@ def disproof(model: PreTrainedModel, decoder: str, route: Route) -> str | None:
         scale = max(float(value.abs().max()), floor)
         difference = float((got[name] - value).abs().max()) / scale if name in got else float("inf")
         if not difference <= TOLERANCE:
-            return f"packed documents change {name} by {difference:.1e}"
+            return f"{'other' if route.attention is None else 'packed'} documents change {name} by {difference:.1e}"
     return None
 
 
-def _observe(
-    model: PreTrainedModel, decoder: str, hidden: Callable[[nn.Module, Batch], Tensor], batch: Batch
-) -> dict[str, Tensor]:
+def _observe(model: PreTrainedModel, decoder: str, states: Callable[..., States], batch: Batch) -> dict[str, Tensor]:
     """Hidden states, and the gradient of every parameter for a fixed random readout of them."""
     model.zero_grad()
-    state = hidden(model.get_submodule(decoder), batch)
+    state = states(model.get_submodule(decoder), batch).hidden
     generator = torch.Generator().manual_seed(1)
     (state * torch.randn(state.shape, generator=generator)).sum().backward()
     seen = {"hidden states": state.detach()}
@@ -160,43 +210,3 @@ def _observe(
         if p.grad is not None:
             seen[f"the gradient of {name}"] = p.grad.clone()
     return seen
-
-
-def _shrunken(model: PreTrainedModel) -> PreTrainedModel:
-    """A small random fp32 copy with every kind of layer, windows and limits shorter than the documents."""
-    config = copy.deepcopy(model.config)
-    layers = config.num_hidden_layers
-    keep = _one_of_each(getattr(config, "layer_types", None), layers)
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == layers:
-            setattr(config, name, [value[i] for i in keep])
-    config.num_hidden_layers = len(keep)
-    config.vocab_size = 64
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, name, None)
-    for name, value in list(vars(config).items()):
-        if isinstance(value, int) and name in ("sliding_window", "attention_chunk_size"):
-            setattr(config, name, 5)
-        elif isinstance(value, int) and name.endswith("intermediate_size"):
-            setattr(config, name, 64)
-    rope = getattr(config, "rope_parameters", None)
-    if rope:
-        config.max_position_embeddings = 8
-        for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
-            if "original_max_position_embeddings" in part:
-                part["original_max_position_embeddings"] = 8
-    config._attn_implementation = "eager"
-    small_model = type(model)(config).float().eval()
-    with torch.no_grad():
-        for p in small_model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-    return small_model
-
-
-def _one_of_each(types: list[str] | None, layers: int) -> list[int]:
-    """Indices of at least two layers that hold every kind of layer, in order."""
-    if not types:
-        return list(range(min(2, layers)))
-    first = {kind: types.index(kind) for kind in types}
-    keep = sorted(first.values())
-    return keep if len(keep) > 1 else list(range(min(2, layers)))

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from truetune.errors import UserError
+from truetune.models.coverage import adaptable
 from truetune.models.precision import PRODUCTS
 
 
@@ -69,7 +70,7 @@ def adapted_linears(model: PreTrainedModel, head: str, targets: str | Sequence[s
     """
     linears = called_linears(model)
     if targets == "all-linear":
-        wanted = [n for n in linears if n != head and not _within(n, full)]
+        wanted = adaptable(model, [n for n in linears if n != head and not _within(n, full)])
     elif isinstance(targets, str):
         try:
             wanted = [n for n in linears if re.fullmatch(targets, n)]
@@ -82,6 +83,8 @@ def adapted_linears(model: PreTrainedModel, head: str, targets: str | Sequence[s
             raise UserError(f"adapter.targets names {lost[0]!r}, which is no linear layer here; {_known(linears)}")
     if not wanted:
         raise UserError(f"adapter.targets matches no linear layer; {_known(linears)}")
+    if refused := set(wanted) - {head} - set(adaptable(model, [n for n in wanted if n != head])):
+        raise UserError(f"PEFT can't adapt {min(refused)!r} of this model as it is; leave it out of adapter.targets")
     tied = [head] if head in wanted and is_tied(model) and embeddings_name(model) in full else []
     if both := [n for n in wanted if _within(n, full)] + tied:
         raise UserError(f"adapter.targets and adapter.also both name {both[0]}; choose one of them for it")
@@ -99,10 +102,11 @@ def _known(linears: list[str]) -> str:
 
 @torch.no_grad()
 def called_linears(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that a forward calls; a layer whose weight is read directly is not one."""
+    """Names of the linear layers that a forward calls for a product. A layer whose weight is read directly is not one,
+    nor is a router that answers with more."""
     called: list[str] = []
     hooks = [
-        m.register_forward_hook(lambda _m, _a, _o, name=name: called.append(name))
+        m.register_forward_hook(lambda _m, _a, out, name=name: called.append(name) if isinstance(out, Tensor) else None)
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear | Conv1D)
     ]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from truetune.data.batch import Batch
 from truetune.models.adapt import START, low_rank
-from truetune.models.route import Route
+from truetune.models.route import Route, States
 from truetune.models.tail import Tail
 
 
@@ -75,7 +75,11 @@ class CausalLM(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states [T, D] that the head would read, each document isolated from its neighbours."""
-        return self.route.hidden(self.hf.get_submodule(self.tail.decoder), batch)
+        return self.states(batch).hidden
+
+    def states(self, batch: Batch, router: bool = False) -> States:
+        """The same with the logits of the routers, which choose among experts, where they are asked for."""
+        return self.route.states(self.hf.get_submodule(self.tail.decoder), batch, router)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.hidden(batch)

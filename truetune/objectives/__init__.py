@@ -12,20 +12,27 @@ from typing import Protocol
 from torch import Tensor
 
 from truetune.data.batch import Batch
+from truetune.models.router import Router
 from truetune.models.wrap import CausalLM
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
     """total: differentiable sum of weighted losses over the batch (nats); losses [N] and correct [N]: the loss of
-    each target token, unweighted, and whether the greedy token is right, detached, in the order of the batch."""
+    each target token, unweighted, and whether the greedy token is right, detached, in the order of the batch; router:
+    the part of the total that is a router loss, detached, None where there is none."""
 
     total: Tensor
     losses: Tensor
     correct: Tensor
+    router: Tensor | None = None
 
 
 class Objective(Protocol):
+    """router: the router loss that it adds, None for none."""
+
+    router: Router | None
+
     def count(self, batch: Batch) -> float:
         """What the batch contributes to the denominator."""
         ...

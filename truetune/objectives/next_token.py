@@ -6,14 +6,24 @@ Only the hidden states of target positions meet the head, and never as a logits 
 
 from __future__ import annotations
 
+import torch
+
 from truetune.data.batch import IGNORE, Batch
 from truetune.kernels.linear_cross_entropy import linear_cross_entropy
+from truetune.models.route import States
+from truetune.models.router import Router, load_balance
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Terms
 
 
 class NextToken:
-    """Sum of -log p(token | tokens before it in its document) over target tokens, each times its weight."""
+    """Sum of -log p(token | tokens before it in its document) over target tokens, each times its weight.
+
+    router: adds the load-balancing loss of each document, by the weights of its targets, times its coefficient.
+    """
+
+    def __init__(self, router: Router | None = None) -> None:
+        self.router = router
 
     def count(self, batch: Batch) -> float:
         if batch.weights is None:
@@ -23,7 +33,8 @@ class NextToken:
     def __call__(self, model: CausalLM, batch: Batch) -> Terms:
         chosen = batch.labels != IGNORE
         with model.autocast():
-            hidden_ND = model(batch)[chosen]
+            states = model.states(batch, router=True) if self.router else States(model(batch))
+            hidden_ND = states.hidden[chosen]
             head = model.head
             terms = linear_cross_entropy(
                 hidden_ND,
@@ -36,4 +47,10 @@ class NextToken:
                 head.low(hidden_ND) if head.low else None,
                 head.up,
             )
-        return Terms(terms.total, terms.losses, terms.correct)
+        if not self.router:
+            return Terms(terms.total, terms.losses, terms.correct)
+        balance_N = load_balance(states.router, batch.lengths, self.router.chosen)
+        weight_T = chosen if batch.weights is None else batch.weights
+        weight_N = torch.stack([part.sum() for part in weight_T.split(batch.lengths)])
+        router = self.router.coefficient * (balance_N * weight_N).sum()
+        return Terms(terms.total + router, terms.losses, terms.correct, router.detach())

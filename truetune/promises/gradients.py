@@ -19,6 +19,7 @@ from truetune.data.batch import Batch, Document
 from truetune.data.packing import best_fit_decreasing
 from truetune.models.adapt import unfused
 from truetune.models.route import disproof
+from truetune.models.router import Router
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
 from truetune.promises.ground import EXACT, Ground
@@ -73,7 +74,7 @@ def isolation(ground: Ground) -> Verdict:
 def parity(ground: Ground) -> Verdict:
     """Loss and gradient equal plain Hugging Face's, and what was exported gives the live model's logits."""
     model, objective, documents = ground.trainer.model.eval(), ground.trainer.objective, ground.documents
-    truth = plain(ground.twin, documents)
+    truth = plain(ground.twin, documents, objective.router)
     found = {"float64" if ground.exact else "one batch": measure(ground.twin, objective, [documents])}
     advice = "this model is not computed rightly here; please report it with its config"
     # Eager attention takes its softmax in fp32, whatever the weights are.
@@ -81,7 +82,8 @@ def parity(ground: Ground) -> Verdict:
     if ground.exact:
         # As it is trained, our error may be twice the plain one's: the rest is what rounding does by chance.
         ours, theirs = (
-            distance(g, truth[1]) for _, g in (measure(model, objective, [documents]), plain(model, documents))
+            distance(g, truth[1])
+            for _, g in (measure(model, objective, [documents]), plain(model, documents, objective.router))
         )
         dtype, bound = str(model.dtype).removeprefix("torch."), 2 * theirs + EXACT
         told = f"{verdict.figure}; in {dtype} its error is {ours:.1e}, plain {theirs:.1e} (bound {bound:.0e})"
@@ -105,8 +107,11 @@ def measure(model: CausalLM, objective: Objective, packs: Sequence[Sequence[Docu
     return loss, _taken(model)
 
 
-def plain(model: CausalLM, documents: Sequence[Document]) -> tuple[float, Gradient]:
-    """The same from logits of the plain Hugging Face model, one document at a time, eager attention."""
+def plain(model: CausalLM, documents: Sequence[Document], router: Router | None = None) -> tuple[float, Gradient]:
+    """The same from logits of the plain Hugging Face model, one document at a time, eager attention.
+
+    A router loss is the model's own of each document, by the document's targets.
+    """
     model.zero_grad(set_to_none=True)
     weights = [np.ones(len(d), np.float32) if d.weights is None else d.weights for d in documents]
     count, loss = sum(float(w[d.targets].astype(float).sum()) for d, w in zip(documents, weights, strict=True)), 0.0
@@ -115,10 +120,15 @@ def plain(model: CausalLM, documents: Sequence[Document]) -> tuple[float, Gradie
             tokens = torch.from_numpy(document.tokens.astype(np.int64)).to(model.device)
             wanted = torch.from_numpy(document.targets[1:]).to(model.device)
             with model.autocast():
-                logits = hf(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+                asked = {"output_router_logits": True} if router else {}
+                out = hf(input_ids=tokens[None], use_cache=False, **asked)
+            logits = out.logits[0, :-1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             losses = F.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="none")
-            share = (losses * torch.from_numpy(weight[1:]).to(model.device)[wanted]).sum() / count
+            weight = torch.from_numpy(weight[1:]).to(model.device)[wanted]
+            share = (losses * weight).sum() / count
+            if router:
+                share = share + router.coefficient * out.aux_loss * weight.sum() / count
             share.backward()
             loss += float(share.detach())
     return loss, _taken(model)

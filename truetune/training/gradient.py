@@ -23,24 +23,31 @@ class NonFinite(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class Gradient:
-    """loss: mean over the step's denominator; norm: L2 norm before clipping."""
+class Means:
+    """Over the step's denominator, detached: total, what was differentiated; router: the router loss's part of it,
+    None where there is none. As a float it is the total."""
 
-    loss: float
-    norm: float
+    total: Tensor
+    router: Tensor | None = None
+
+    def __float__(self) -> float:
+        return float(self.total)
 
 
-def accumulate(model: CausalLM, objective: Objective, batches: Sequence[Batch]) -> Tensor:
-    """Add the gradient of the mean loss over ``batches`` to the parameters; returns that loss, detached."""
+def accumulate(model: CausalLM, objective: Objective, batches: Sequence[Batch]) -> Means:
+    """Add the gradient of the mean loss over ``batches`` to the parameters; returns that loss."""
     denominator = sum(objective.count(batch) for batch in batches)
     if not denominator:
         raise UserError("a step has no target tokens; check data.format and the targets that the report shows")
-    losses = []
+    losses, router = [], []
     for batch in batches:
-        share = objective(model, batch).total / denominator
+        terms = objective(model, batch)
+        share = terms.total / denominator
         share.backward()
         losses.append(share.detach().double())
-    return torch.stack(losses).sum()
+        if terms.router is not None:
+            router.append(terms.router.double() / denominator)
+    return Means(torch.stack(losses).sum(), torch.stack(router).sum() if router else None)
 
 
 def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:

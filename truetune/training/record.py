@@ -53,7 +53,8 @@ class Step:
     fastest), as the optimizer used it, and planned what
     the schedule says it should be; seconds the wall time of the step;
     memory the resident bytes of the process; tokens_per_second counts real tokens (nothing is padding)
-    and is None once a check has failed.
+    and is None once a check has failed; router_loss is what the objective adds to ``loss`` for the balance of
+    experts, None where it adds nothing.
     """
 
     kind: ClassVar[str] = "step"
@@ -69,6 +70,7 @@ class Step:
     seconds: float
     memory: int
     tokens_per_second: float | None
+    router_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,7 +169,8 @@ class Trainer:
         batches = self.batches(self.step)
         parameters = list(self.model.trainable().values())
         self.model.train()
-        loss = float(accumulate(self.model, self.objective, batches))
+        means = accumulate(self.model, self.objective, batches)
+        loss, router = float(means), None if means.router is None else float(means.router)
         norm = norm_of(parameters)
         try:
             require_finite(loss, float(norm), self.step + 1)
@@ -186,7 +187,8 @@ class Trainer:
         tokens = sum(len(b.tokens) for b in batches)
         return Step(
             step=self.step,
-            loss=loss,
+            loss=loss - (router or 0.0),
+            router_loss=router,
             rate=furthest["lr"],
             planned=factor * furthest["peak"],
             gradient_norm=float(norm),

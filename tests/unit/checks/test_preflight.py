@@ -39,7 +39,7 @@ def failures(trainer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral", "falcon alibi"])
 def test_healthy_runs_pass(family, lora, dtype):
     checks = Preflight(LOADED)(healthy(family, lora, dtype))
     assert [v for v in checks.verdicts if not v.passed] == []
