@@ -125,10 +125,10 @@ def plain(model: CausalLM, documents: Sequence[Document], router: Router | None 
             logits = out.logits[0, :-1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             losses = F.cross_entropy(logits[wanted], tokens[1:][wanted], reduction="none")
-            weight = torch.from_numpy(weight[1:]).to(model.device)[wanted]
-            share = (losses * weight).sum() / count
+            weight_N = torch.from_numpy(weight[1:]).to(model.device)[wanted]
+            share = (losses * weight_N).sum() / count
             if router:
-                share = share + router.coefficient * out.aux_loss * weight.sum() / count
+                share = share + router.coefficient * out.aux_loss * weight_N.sum() / count
             share.backward()
             loss += float(share.detach())
     return loss, _taken(model)
