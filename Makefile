@@ -17,7 +17,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
 # Slow evidence, most of an hour of it. Pages are looked at in a browser and faults put under the program, as root:
-# apt-get install chromium strace
+# apt-get install chromium strace. llama.cpp is built, which takes minutes, a C++ compiler and the network.
 proof: .venv/dev $(CACHE)/model $(CACHE)/templates
 	$(BIN)/python -m pytest -m proof
 	$(BIN)/python tools/trust.py

@@ -86,6 +86,11 @@ FAMILIES: dict[str, Family] = {
         "windows in some layers",
     ),
     "qwen3": Family("qwen3", _COMMON | {"head_dim": 8}, "norms of queries and keys"),
+    "gemma": Family(
+        "gemma",
+        _COMMON | {"head_dim": 8, "tie_word_embeddings": True},
+        "scaled embeddings, norms of one more, tied head",
+    ),
     "gemma2": Family(
         "gemma2",
         _COMMON | {"head_dim": 8, "sliding_window": 9},

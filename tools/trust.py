@@ -1,4 +1,4 @@
-"""Writes the figures of ``docs/trust.md``, ``chat-templates.md`` and ``families.md`` from what `make proof` left.
+"""Writes the figures of some pages under ``docs`` from where `make proof` leaves them.
 
     python tools/trust.py
 
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: made by tools/trust.py -->", "<!-- end of figures -->"
 
 
-def table(folder: Path) -> str:
+def table(files: Iterable[Path]) -> str:
     """One row per proof: its name, and every figure it kept."""
-    rows = [f"| {file.stem} | {_spelled(json.loads(file.read_bytes()))} |" for file in sorted(folder.glob("*.json"))]
+    rows = [f"| {file.stem} | {_spelled(json.loads(file.read_bytes()))} |" for file in sorted(files)]
     return "\n".join(["| proof | figures |", "|---|---|", *rows])
 
 
@@ -67,6 +68,9 @@ def main(page: Path, figures: str) -> None:
 
 if __name__ == "__main__":
     TRUST = ROOT / "results" / "trust"
-    main(ROOT / "docs" / "trust.md", table(TRUST))
+    kept = set(TRUST.glob("*.json"))
+    exported = {file for file in kept if file.stem.startswith("gguf-")}
+    main(ROOT / "docs" / "trust.md", table(kept - exported))
+    main(ROOT / "docs" / "export.md", table(exported))
     main(ROOT / "docs" / "chat-templates.md", templates(ROOT / "results" / "chat-templates.json"))
     main(ROOT / "docs" / "families.md", families(TRUST / "families"))

@@ -180,6 +180,10 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
         trust_remote_code=recipe.model.trust_remote_code,
     )
     hf = loaded.model
+    if recipe.output.gguf:
+        from truetune.models.gguf.write import require_writable
+
+        require_writable(loaded)
     hf.to(device)  # type: ignore[arg-type]  # transformers wraps the method in a way that loses its signature
     require_causal(hf)
     tail = measure_tail(hf)
@@ -214,10 +218,10 @@ def disk_need(job: Job) -> int:
     whole = sum(4 * p.numel() for p in model.parameters())  # fp32, should the base's dtype change its logits
     if model.head.up is not None:  # merged, an adapted head that was tied has a weight of its own
         whole += 4 * model.head.weight.numel()
-    lora, merged = recipe.adapter.method == "lora", recipe.output.merged
+    lora, merged, gguf = recipe.adapter.method == "lora", recipe.output.merged, recipe.output.gguf is not None
     moments = 2 * trained
     checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.keep_best  # one more while it is written
-    weights = kept + whole * merged if lora else whole
+    weights = (kept + whole * merged if lora else whole) + whole * gguf
     files = [f for f in job.loaded.folder.iterdir() if f.suffix in (".json", ".jinja", ".txt", ".model")]
     words = sum(f.stat().st_size for f in files) * (1 + (lora and merged))
     return checkpoints * (kept + moments) + weights + words + TEXTS + STEP_TEXT * len(job.trainer.stream)

@@ -61,6 +61,7 @@ RecipeAndKeys = Annotated[
     list[str] | None,
     typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe's file or name, then keys such as train.steps=100."),
 ]
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
@@ -180,22 +181,36 @@ def generate(
 @app.command()
 def export(
     run: RunFolder,
-    merged: Annotated[bool, typer.Option("--merged/--adapter", help="The whole model, or only the adapter.")] = True,
+    merged: Annotated[
+        bool | None, typer.Option("--merged/--adapter", help="The whole model (the default), or only the adapter.")
+    ] = None,
+    gguf: Annotated[
+        str | None, typer.Option("--gguf", metavar="TYPE", help="A GGUF file of type f32, f16, bf16 or q8_0.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="Where to write it.")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Write the trained model so that other programs load it."""
+    if gguf is not None and merged is not None:
+        raise UserError("--gguf writes the whole model in one file; leave out --merged and --adapter")
+    if gguf not in (None, *GGUF_TYPES):
+        raise UserError(f"--gguf is one of {', '.join(GGUF_TYPES)}, not {gguf}; choose one")
+    from truetune.hints import commands_for
     from truetune.run import export as run_export
 
     with _standard_output(json) as stream:
-        done = run_export(run, "merged" if merged else "adapter", to)
+        done = run_export(run, f"gguf-{gguf}" if gguf else "adapter" if merged is False else "merged", to)
     if stream:
         _print_json(stream, asdict(done) | {"passed": done.passed})
     elif quiet:
         typer.echo(done.path)
     else:
         typer.echo(f"{done.path}  (logits read back within {done.difference:.1e}, bound {done.bound:.1e})")
+        if done.note:
+            typer.echo(f"note: {done.note}", err=True)
+        if commands := commands_for(done.kind, run, Path(done.path)):
+            typer.echo("\n".join(["next:", *(f"  {command}" for command in commands)]))
 
 
 @app.command()

@@ -152,6 +152,9 @@ class Output(Part):
 
     folder: str | None = Field(None, description="run folder; default: runs/<name of the recipe>-<time>")
     merged: bool = Field(True, description="also write the merged model")
+    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None = Field(
+        None, description="also write a GGUF file with weights of this type, for llama.cpp and Ollama"
+    )
     tensorboard: bool = Field(False, description="also write scalars for TensorBoard")
     wandb: bool = Field(False, description="also hand scalars and recipe to Weights & Biases (WANDB_MODE=offline too)")
 

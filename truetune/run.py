@@ -26,8 +26,9 @@ from truetune.assembly import Job, assemble, pick_device, pick_dtype, require_sp
 from truetune.data.template import bounded, render
 from truetune.errors import UserError
 from truetune.facts import Facts, moved, now, require_same_base, require_same_run, this_process
+from truetune.hints import next_commands
 from truetune.models.adapter import base_of, with_adapter
-from truetune.models.export import Export, export_adapter, export_merged
+from truetune.models.export import Export, place_of, writer_of
 from truetune.models.generate import answer
 from truetune.models.load import load
 from truetune.recipe import Recipe
@@ -314,8 +315,14 @@ def _finish(job: Job, folder: Path, facts: Facts, quiet: bool) -> None:
     kinds = ["adapter"] if facts.values["model"]["adapter"] else ["model"]
     if job.recipe.output.merged and kinds == ["adapter"]:
         kinds.append("merged")
-    exports = [patiently(partial(_export, job, kind, folder, folder / kind, facts), folder / kind) for kind in kinds]
-    facts.write(status="finished", finished=now(), next=_next_commands(folder, kinds))
+    if job.recipe.output.gguf:
+        kinds.append(f"gguf-{job.recipe.output.gguf}")
+    places = [place_of(folder, kind) for kind in kinds]
+    exports = [
+        patiently(partial(_export, job, kind, folder, place, facts), place)
+        for kind, place in zip(kinds, places, strict=True)
+    ]
+    facts.write(status="finished", finished=now(), next=next_commands(folder, kinds))
     page = _write_page(folder)
     patiently(lambda: pages.card(folder, folder), folder / "README.md")
     if not quiet:
@@ -327,10 +334,11 @@ def _export(job: Job, kind: str, folder: Path, target: Path, facts: Facts, note:
 
     Raises UserError, leaving nothing, if it reads back wrong.
     """
-    write = export_adapter if kind == "adapter" else export_merged
+    write = writer_of(kind)
     probe = [d.tokens[:128].tolist() for d in job.evaluation.documents[:PROBE]]
     with atomic_folder(target) as scratch:
         export = replace(write(job.trainer.model, job.loaded, scratch, probe), path=str(target))
+        note = "; ".join(filter(None, (note, export.note))) or None
         others = [e for e in facts.values["exports"] if e["path"] != export.path]
         figures = {
             k: v if math.isfinite(v) else None for k, v in (("difference", export.difference), ("bound", export.bound))
@@ -345,18 +353,11 @@ def _export(job: Job, kind: str, folder: Path, target: Path, facts: Facts, note:
     return export
 
 
-def _next_commands(folder: Path, kinds: Sequence[str]) -> list[str]:
-    name = shlex.quote(str(folder))
-    commands = [f'truetune generate {name} --prompt "..."', f"truetune report {name}"]
-    if kinds == ["adapter"]:
-        commands.append(f"truetune export {name} --merged")
-    return commands
-
-
 def _print_end(folder: Path, page: Path, exports: Sequence[Export], facts: Facts) -> None:
-    lines = [f"run      {folder}", f"report   {page}"]
+    lines = [f"run       {folder}", f"report    {page}"]
     for e in exports:
-        lines.append(f"{e.kind:8} {e.path}  (logits read back within {e.difference:.1e}, bound {e.bound:.1e})")
+        lines.append(f"{e.kind:9} {e.path}  (logits read back within {e.difference:.1e}, bound {e.bound:.1e})")
+    lines += [f"note      {e.note}" for e in exports if e.note]
     lines += ["next:", *(f"  {command}" for command in facts.values["next"])]
     print("\n".join(lines))
 
@@ -393,7 +394,7 @@ def generate(path: Path, prompts: Iterable[str], max_tokens: int) -> Iterator[st
 
 
 def export(folder: Path, kind: str, to: Path | None = None) -> Export:
-    """Write ``kind`` ("adapter" or "merged") of a run from its best or newest checkpoint, and read it back."""
+    """Write ``kind`` ("adapter", "merged", "gguf-TYPE") of a run from its best or newest checkpoint; read it back."""
     facts = _facts_of(folder)
     if to and not _is_free(to):
         raise UserError(f"{to} already holds something; name another folder with --to")
@@ -406,8 +407,8 @@ def export(folder: Path, kind: str, to: Path | None = None) -> Export:
     job.trainer.resume(step)
     if lost := job.trainer.take_best():
         print(lost, file=sys.stderr)
-    kind = kind if facts.values["model"]["adapter"] else "model"
-    target = to or folder / kind
+    kind = kind if facts.values["model"]["adapter"] or kind.startswith("gguf-") else "model"
+    target = to or place_of(folder, kind)
     with _refusals_explained(folder), ended_by_signals(f"stopped before {target} was complete"):
         return patiently(partial(_export, job, kind, folder, target, facts, lost), target)
 

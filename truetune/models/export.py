@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -31,14 +32,22 @@ BOUND = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of a logit allowed, relative to the largest logit, by the dtype that is stored."""
 
 
+GGUF_FILE, MODELFILE = "model-{}.gguf", "Modelfile"
+"""Of a GGUF export: the file with weights of a type, and what Ollama reads."""
+
+
 @dataclass(frozen=True, slots=True)
 class Export:
-    """kind: "adapter", "merged" or "model"; difference and bound: of logits, absolute."""
+    """kind: "adapter", "merged", "model" or "gguf-TYPE"; difference and bound: of logits, absolute.
+
+    note: what whoever uses it must know.
+    """
 
     kind: str
     path: str
     difference: float
     bound: float
+    note: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -102,19 +111,38 @@ def export_whole(
     return export
 
 
+def place_of(folder: Path, kind: str) -> Path:
+    """Where an export of the run ``folder`` stands; GGUF files of all types share a place."""
+    return folder / kind.partition("-")[0]
+
+
+def writer_of(kind: str) -> Callable[..., Export]:
+    """The function that writes ``kind``: "adapter", "merged", "model" or "gguf-TYPE"."""
+    if kind.startswith("gguf-"):
+        from truetune.models.gguf.write import export_gguf
+
+        return partial(export_gguf, precision=kind.removeprefix("gguf-"))
+    return export_adapter if kind == "adapter" else export_merged
+
+
 def _write_whole(model: PreTrainedModel | PeftModel, attention: str, folder: Path, dtype: torch.dtype) -> None:
+    whole = merged_copy(model, attention).to(dtype)  # type: ignore[arg-type]  # as in assembly: the signature is lost
+    whole.config.dtype = dtype
+    for earlier in folder.glob("*.safetensors*"):  # of another dtype
+        earlier.unlink()
+    with quiet():
+        whole.save_pretrained(folder)
+
+
+def merged_copy(model: PreTrainedModel | PeftModel, attention: str) -> PreTrainedModel:
+    """The model in fp32, adapters merged, with the attention that its library gives it."""
     whole = copy.deepcopy(model).float()
     if isinstance(whole, PeftModel):
         _untie_adapted_head(whole)
         with quiet():
             whole = whole.merge_and_unload()
-    whole = whole.to(dtype)
-    whole.config.dtype = dtype
     whole.set_attn_implementation(attention)
-    for earlier in folder.glob("*.safetensors*"):  # of another dtype
-        earlier.unlink()
-    with quiet():
-        whole.save_pretrained(folder)
+    return whole
 
 
 def _untie_adapted_head(model: PeftModel) -> None:
