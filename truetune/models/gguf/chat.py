@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
-from truetune.data.chat import Message
+from truetune.data.messages import Message
 from truetune.data.template import bounded, render
 from truetune.errors import UserError
 
@@ -112,7 +112,8 @@ def _refuse(reason: str) -> NoReturn:
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: bool = True) -> str:
     where = "a trial conversation"
-    return bounded(where, lambda: render(tokenizer, messages, where, prompt=prompt))
+    template = tokenizer.get_chat_template()
+    return bounded(where, lambda: render(tokenizer, messages, where, template, prompt)).text
 
 
 def _joints(tokenizer: PreTrainedTokenizerBase, *words: str) -> list[str]:
