@@ -118,7 +118,7 @@ def test_json_alone_is_on_stdout_and_quiet_prints_where_the_result_is(calls: lis
     told = invoke("train", *keys, "--json")
     assert told.stdout == '{"kind": "step"}\n' and "words for people" in told.stderr
     assert invoke("train", *keys, "-q").stdout.splitlines()[-1] == "runs/a"
-    figures = {"kind": "merged", "path": "out", "difference": 1e-3, "bound": 2e-3, "passed": True}
+    figures = {"kind": "merged", "path": "out", "difference": 1e-3, "bound": 2e-3, "note": None, "passed": True}
     assert json.loads(invoke("export", "runs/a", "--json").stdout) == figures
     assert invoke("export", "runs/a", "--quiet").stdout == "out\n"
     assert invoke("export", "runs/a").stdout == "out  (logits read back within 1.0e-03, bound 2.0e-03)\n"
