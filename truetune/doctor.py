@@ -22,7 +22,7 @@ PYTHON = (3, 11)
 
 PACKAGES = {
     "torch": ("2.13", "2.13"),
-    "transformers": ("5", "5"),
+    "transformers": ("5.1.0", "5"),
     "peft": ("0.21", "0.21"),
     "tokenizers": ("0.22", "0.23"),
     "datasets": ("4", "5"),

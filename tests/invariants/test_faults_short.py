@@ -14,6 +14,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -37,6 +38,7 @@ from safetensors.torch import load_file, save_file
 
 from truetune import run
 from truetune.assembly import STEP_TEXT, TEXTS, Job, disk_need
+from truetune.models.export import Export
 from truetune.training import patience
 from truetune.training import trainer as training
 from truetune.training.checkpoint import Checkpoints
@@ -176,14 +178,17 @@ def test_a_signal_within_the_exports_leaves_nothing_half_done(
 
     before = signal.signal(signal.SIGTERM, unheard)
     with monkeypatch.context() as patch:
-        real = run.export_merged
+        real = run.writer_of
 
-        def disturbed(*arguments: object) -> object:
-            real(*arguments)  # type: ignore[arg-type]
-            signal.raise_signal(signal.SIGTERM)
-            raise AssertionError("not stopped")
+        def disturbed(kind: str) -> Callable[..., Export]:
+            def write(*arguments: Any) -> Export:
+                real(kind)(*arguments)
+                signal.raise_signal(signal.SIGTERM)
+                raise AssertionError("not stopped")
 
-        patch.setattr(run, "export_merged", disturbed)
+            return real(kind) if kind == "adapter" else write
+
+        patch.setattr(run, "writer_of", disturbed)
         try:
             result = invoke("train", *keys(my_model, my_data, folder))
         finally:
