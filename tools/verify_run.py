@@ -97,7 +97,12 @@ def beyond(facts: dict, rows: list[dict]) -> str:
     data = facts["recipe"]["data"]
     if any(data.get(key) not in (None, known) for key, known in (("targets", "assistant"), ("too_long", "truncate"))):
         return "it set data.targets or data.too_long"
-    if any(n for part in facts["data"].values() for note, n in part.get("notes", {}).items() if "adds" not in note):
+    if any(
+        n
+        for part in (facts["data"]["train"], facts["data"]["evaluation"])
+        for note, n in part.get("notes", {}).items()
+        if "adds" not in note
+    ):
         return "its chat template needed more than a plain rendering"
     for row in rows:
         turns = row.get("messages") or []
@@ -106,6 +111,15 @@ def beyond(facts: dict, rows: list[dict]) -> str:
         if any(turn.get("tool_calls") or turn.get("weight") is not None for turn in turns):
             return "its rows call tools or have weights"
     return ""
+
+
+def held_out_losses(when: str, told: dict, model: Any, documents: list[Spans], sources: list, dtype: Any) -> list[Line]:
+    """The held-out loss, and that of each source where the run told several."""
+    lines = [compared(f"held-out loss {when}", told["loss"], model, documents, dtype)]
+    for name, loss in told.get("by_source", {}).items():
+        mine = [document for document, source in zip(documents, sources, strict=True) if source == name]
+        lines.append(compared(f"  of {name}", loss, model, mine, dtype))
+    return lines
 
 
 def main(run: Path) -> int:
@@ -123,9 +137,12 @@ def main(run: Path) -> int:
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     longest = facts["recipe"]["data"]["max_length"]
     sets: dict[str, list[Spans]] = {}
+    sources: list[str | None] = []
     for name in ("evaluation", "first_step"):
         rows = [json.loads(line) for line in (run / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
         pairs = [document(tokenizer, row, stops) for row in rows]
+        if name == "evaluation":
+            sources = [row.get("truetune.source") for row in rows]  # told where there are several
         sets[name] = [(ids[:longest], targets[:longest]) for ids, targets in pairs]
         if missing := beyond(facts, rows):
             print(f"{run}: cannot be recomputed here: {missing}")
@@ -138,7 +155,7 @@ def main(run: Path) -> int:
         ("first step's targets", first["targets"], sum(sum(t) for _, t in sets["first_step"])),
     ]
     lines: list[Line] = [(name, said, found, said == found, "") for name, said, found in counts]
-    lines.append(compared("held-out loss before", before["loss"], model, held_out, dtype))
+    lines += held_out_losses("before", before, model, held_out, sources, dtype)
     dropout = [v for k, v in model.config.to_dict().items() if ("drop" in k or "pdrop" in k) and isinstance(v, float)]
     if not any([*dropout, facts["recipe"]["adapter"]["dropout"]]):  # a loss under dropout can't be recomputed
         lines.append(compared("first step's loss", first["loss"], model, sets["first_step"], dtype))
@@ -148,7 +165,7 @@ def main(run: Path) -> int:
         model = PeftModel.from_pretrained(model, run / "adapter").eval()
     else:
         model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
-    lines.append(compared("held-out loss after", after["loss"], model, held_out, dtype))
+    lines += held_out_losses("after", after, model, held_out, sources, dtype)
     effect = float((model(input_ids=probe).logits.detach() - plain).abs().max())
     good = effect > 0 and all(agrees for _, _, _, agrees, _ in lines)
     print(f"{run}: recomputed without Truetune\n{'':24}{'the run said':>14}{'recomputed':>14}")

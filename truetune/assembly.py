@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch.optim import Optimizer
 
 from truetune import registry
 from truetune.checks.preflight import Preflight
-from truetune.data import dataset, formats, sources
+from truetune.data import dataset, files, formats, sources
 from truetune.data.batch import Document
 from truetune.data.chat import Renderer
 from truetune.data.dataset import DataReport
+from truetune.data.documents import end_to_end, lengths
 from truetune.data.sources import Rows
 from truetune.data.stream import Stream
 from truetune.errors import UserError
 from truetune.models.adapt import add_lora
 from truetune.models.adapter import continued
 from truetune.models.coverage import coverage
-from truetune.models.load import Loaded, load, require_causal
+from truetune.models.load import Loaded, cache_folder, load, require_causal
 from truetune.models.precision import keep_sums_in_fp32
 from truetune.models.route import choose_route
 from truetune.models.router import choose_router, has_router_loss
@@ -33,7 +38,7 @@ from truetune.models.tail import measure_tail
 from truetune.models.wrap import CausalLM
 from truetune.objectives.next_token import NextToken
 from truetune.optim import OPTIMIZERS, parameter_groups
-from truetune.recipe import Recipe
+from truetune.recipe import Recipe, Source
 from truetune.schedules import SCHEDULES, with_warmup
 from truetune.training.checkpoint import Checkpoints
 from truetune.training.evaluate import Evaluator, Sampler
@@ -42,20 +47,57 @@ from truetune.training.trainer import Trainer
 
 TEXTS, STEP_TEXT = 4_000_000, 1_000
 """Bytes allowed for facts, rows, samples and the report, and for the records of one step."""
+SOURCE_KEY = "truetune.source"
+"""Where a row in ``data/`` of a run tells its source: no column of anybody's."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one side of the data, what became of them, and the account of it."""
+    """Rows of one source on one side of the data, what became of them, and the account of it."""
 
+    name: str
     rows: Rows
-    documents: list[Document]
+    documents: Sequence[Document]
     report: DataReport
 
-    def used(self, documents: list[Document]) -> list[dict[str, Any]]:
-        """The rows that ``documents`` were made of, each once, in their order."""
-        rows = dict(zip(self.rows.numbers, self.rows.rows, strict=True))
-        return [rows[number] for number in dict.fromkeys(d.row for d in documents)]
+    def used(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """The rows of these numbers, in their order."""
+        places = np.searchsorted(self.rows.numbers, list(numbers))
+        return list(files.read(self.rows.rows, map(int, places)))
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is trained on, or what is held out: the parts of all sources, end to end."""
+
+    parts: tuple[Part, ...]
+
+    @cached_property
+    def documents(self) -> Sequence[Document]:
+        return end_to_end([part.documents for part in self.parts])
+
+    @cached_property
+    def report(self) -> DataReport:
+        return dataset.together([part.report for part in self.parts], [part.documents for part in self.parts])
+
+    @property
+    def by_source(self) -> dict[str, range]:
+        """Places among the documents of each part, by its name."""
+        ends = accumulate(len(part.documents) for part in self.parts)
+        return {part.name: range(end - len(part.documents), end) for part, end in zip(self.parts, ends, strict=True)}
+
+    def used(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows that the documents at ``places`` were made of, source by source; each as often as its most frequent
+        document, since a row may have several. Of several sources, each row tells its own."""
+        rows = []
+        for part, mine in zip(self.parts, self.by_source.values(), strict=True):
+            times: dict[int, int] = {}
+            for place, n in Counter(place for place in places if place in mine).items():
+                number = part.documents[place - mine.start].row
+                times[number] = max(times.get(number, 0), n)
+            said = {SOURCE_KEY: part.name} if len(self.parts) > 1 else {}
+            rows += [row | said for row in part.used(number for number, n in times.items() for _ in range(n))]
+        return rows
 
 
 @dataclass(frozen=True)
@@ -65,8 +107,8 @@ class Job:
     recipe: Recipe
     trainer: Trainer
     loaded: Loaded
-    train: Part
-    evaluation: Part
+    train: Side
+    evaluation: Side
     notes: tuple[str, ...] = ()
 
 
@@ -81,22 +123,22 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
     tell: called with what is begun and on what, since each of these takes seconds or minutes.
     Raises UserError for whatever the recipe names that is not there or does not fit.
     """
-    tell("reading", recipe.data.source)
-    train_rows, held_out_rows = choose_rows(recipe)
+    tell("reading", ", ".join(source.source for source in sources_of(recipe)))
+    chosen = choose_rows(recipe)
     tell("loading", recipe.model.path)
     loaded, model = build_model(recipe)
-    tell("tokenising", f"{len(train_rows):,} rows to train on and {len(held_out_rows):,} held out")
+    train_rows, held_out_rows = (sum(len(choice.rows) for choice in side) for side in chosen)
+    tell("tokenising", f"{train_rows:,} rows to train on and {held_out_rows:,} held out")
     renderer = Renderer(
         loaded.tokenizer, loaded.stop_ids, recipe.data.max_length, recipe.data.targets, recipe.data.too_long
     )
-    train = tokenized(recipe, train_rows, renderer)
-    evaluation = tokenized(recipe, held_out_rows, renderer)
+    train, evaluation = (tokenized(recipe, rows, renderer) for rows in chosen)
     if train.report.template:  # the default, where the tokenizer has none: it must leave with the model
         loaded.tokenizer.chat_template = renderer.template
-    notes = [note for part in (train, evaluation) if (note := require_known(model, part))]
+    notes = [note for part in (*train.parts, *evaluation.parts) if (note := require_known(model, part))]
     if isinstance(model.model, PeftModel) and (reach := coverage(model.model)).experts:
         notes.append(str(reach))
-    stream = build_stream(recipe, train.documents)
+    stream = build_stream(recipe, train)
     steps = len(stream)
     shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options)
     optimizer = registry.bind("optimizer", OPTIMIZERS, recipe.optimizer.name, recipe.optimizer.options)
@@ -119,7 +161,7 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
         stream=stream,
         clip=recipe.train.clip,
         preflight=Preflight(loaded),
-        evaluator=Evaluator(evaluation.documents, recipe.train.tokens_per_micro_batch, objective),
+        evaluator=Evaluator(evaluation.documents, recipe.train.tokens_per_micro_batch, objective, evaluation.by_source),
         sampler=build_sampler(recipe, loaded, evaluation, renderer) if held_out.samples else None,
         evaluate_every=held_out.every or -(-steps // 4),
         checkpoints=Checkpoints(folder / "checkpoints", recipe.checkpoint.keep) if folder else None,
@@ -138,32 +180,62 @@ def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], re
         raise UserError(f'optimizer "{recipe.optimizer.name}": {error}; correct the options under optimizer') from error
 
 
-def choose_rows(recipe: Recipe) -> tuple[Rows, Rows]:
-    """Rows to train on and rows held out, which never share a row."""
-    held_out, seed = recipe.evaluation, recipe.train.seed
-    train = sources.load(recipe.data.source, recipe.data.split)
-    if held_out.source:
-        evaluation = sources.load(held_out.source, held_out.split or "train")
-        if not held_out.split and evaluation.held_out_split:
-            evaluation = sources.load(held_out.source, evaluation.held_out_split)
-    elif split := held_out.split or train.held_out_split:
-        evaluation = sources.load(recipe.data.source, split)
-    else:
-        train, evaluation = dataset.hold_out(train, held_out.fraction, seed)
-    evaluation = dataset.draw(evaluation, held_out.rows, seed)
-    train = dataset.less(train, evaluation)
-    if recipe.data.rows:
-        train = dataset.first(train, recipe.data.rows)
-    column = recipe.data.weight_column
-    if "weight_column" in recipe.data.model_fields_set and column and column not in train.rows[0]:
-        raise UserError(f"{train.name} has no column {column}; name the column of the weights in data.weight_column")
-    return train, evaluation
-
-
-def tokenized(recipe: Recipe, rows: Rows, renderer: Renderer) -> Part:
+def sources_of(recipe: Recipe) -> tuple[Source, ...]:
+    """The sources of the training rows, of which the recipe may name one in its own keys."""
     data = recipe.data
-    documents, report = dataset.tokenize(rows, data.format, renderer, data.cut_limit, data.weight_column)
-    return Part(rows, documents, report)
+    if data.source is None:
+        return data.sources
+    return (Source(source=data.source, split=data.split, format=data.format, rows=data.rows),)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Rows of one source on one side, with the format that they are read in."""
+
+    name: str
+    rows: Rows
+    format: str
+
+
+def choose_rows(recipe: Recipe) -> tuple[list[Choice], list[Choice]]:
+    """Rows to train on and rows held out, by source; no row is on both sides, of whatever sources."""
+    held_out, seed, chosen = recipe.evaluation, recipe.train.seed, sources_of(recipe)
+    train = [sources.load(part.source, part.split) for part in chosen]
+    names = sources.distinct([(part.source, part.split) for part in chosen])
+    shapes = [part.format for part in chosen]
+    if held_out.source:
+        other = sources.load(held_out.source, held_out.split or "train")
+        if not held_out.split and other.held_out_split:
+            other = sources.load(held_out.source, other.held_out_split)
+        evaluation, aside = [other], [Choice(held_out.source, other, shapes[0] if len(chosen) == 1 else "auto")]
+    else:
+        evaluation = []
+        for i, part in enumerate(chosen):
+            if split := held_out.split or train[i].held_out_split:
+                evaluation.append(sources.load(part.source, split))
+            else:
+                train[i], rest = dataset.hold_out(train[i], held_out.fraction, seed)
+                evaluation.append(rest)
+        aside = [Choice(*parts) for parts in zip(names, evaluation, shapes, strict=True)]
+    counts = dataset.shares(held_out.rows, [len(choice.rows) for choice in aside])
+    aside = [replace(c, rows=dataset.draw(c.rows, n, seed)) for c, n in zip(aside, counts, strict=True) if n]
+    train = [dataset.less(rows, [choice.rows for choice in aside]) for rows in train]
+    train = [dataset.first(rows, part.rows or len(rows)) for rows, part in zip(train, chosen, strict=True)]
+    column = recipe.data.weight_column
+    if "weight_column" in recipe.data.model_fields_set and column and not any(column in r.rows[0] for r in train):
+        named = ", ".join(rows.name for rows in train)
+        raise UserError(f"{named} has no column {column}; name the column of the weights in data.weight_column")
+    return [Choice(*parts) for parts in zip(names, train, shapes, strict=True)], aside
+
+
+def tokenized(recipe: Recipe, chosen: Sequence[Choice], renderer: Renderer) -> Side:
+    parts, data, cache = [], recipe.data, cache_folder() / "documents"
+    for choice in chosen:
+        documents, report = dataset.tokenize(
+            choice.rows, choice.format, renderer, data.cut_limit, data.weight_column, cache
+        )
+        parts.append(Part(choice.name, choice.rows, documents, report))
+    return Side(tuple(parts))
 
 
 def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
@@ -264,24 +336,34 @@ def require_known(model: CausalLM, part: Part) -> str | None:
     )
 
 
-def build_sampler(recipe: Recipe, loaded: Loaded, evaluation: Part, renderer: Renderer) -> Sampler:
-    firsts = {document.row: document for document in reversed(evaluation.documents)}  # of each row its first document
-    documents = [d for d in evaluation.documents if firsts[d.row] is d][: recipe.evaluation.samples]
-    form, weight = evaluation.report.format, recipe.data.weight_column
-    examples = [renderer.chosen(formats.read(form, row, 0, weight)) for row in evaluation.used(documents)]
-    return Sampler(loaded, documents, list(map(formats.question, examples)), recipe.evaluation.sample_tokens)
+def build_sampler(recipe: Recipe, loaded: Loaded, evaluation: Side, renderer: Renderer) -> Sampler:
+    counts = dataset.shares(recipe.evaluation.samples, [part.report.rows for part in evaluation.parts])
+    documents: list[Document] = []
+    questions: list[str] = []
+    for part, count in zip(evaluation.parts, counts, strict=True):
+        firsts: dict[int, Document] = {}  # of each row its first document
+        for document in part.documents:
+            if len(firsts) < count:
+                firsts.setdefault(document.row, document)
+        documents += firsts.values()
+        form, weight = part.report.format, recipe.data.weight_column
+        examples = [renderer.chosen(formats.read(form, row, 0, weight)) for row in part.used(firsts)]
+        questions += map(formats.question, examples)
+    return Sampler(loaded, documents, questions, recipe.evaluation.sample_tokens)
 
 
-def build_stream(recipe: Recipe, documents: list[Document]) -> Stream:
+def build_stream(recipe: Recipe, side: Side) -> Stream:
     train = recipe.train
+    weights = (source.weight for source in sources_of(recipe))
     return Stream(
-        [len(d) for d in documents],
+        lengths(side.documents),
         train.tokens_per_step,
         train.tokens_per_micro_batch,
         train.seed,
         epochs=train.epochs,
         steps=train.steps,
         tokens=train.tokens,
+        sources=[(len(part.documents), weight) for part, weight in zip(side.parts, weights, strict=True)],
     )
 
 

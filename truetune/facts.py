@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 
 import truetune
 from truetune import versions
-from truetune.assembly import Job
+from truetune.assembly import Job, sources_of
 from truetune.errors import UserError
 from truetune.models.adapt import START
 from truetune.models.adapter import provenance
@@ -47,7 +47,7 @@ class Facts:
             "recipe": job.recipe.model_dump(mode="json"),
             "environment": environment(job),
             "model": model_facts(job),
-            "data": {"train": asdict(job.train.report), "evaluation": asdict(job.evaluation.report)},
+            "data": data_facts(job),
             "plan": plan(job),
             "result": {"before": None, "after": None},
             "exports": [],
@@ -158,6 +158,18 @@ def _lora(config: LoraConfig) -> dict[str, Any]:
         "targets": targets if isinstance(targets, str) else sorted(targets or ()),
         "also": list(config.modules_to_save or ()),
     }
+
+
+def data_facts(job: Job) -> dict[str, Any]:
+    """The account of both sides; with several sources also that of each, by its name."""
+    facts: dict[str, Any] = {"train": asdict(job.train.report), "evaluation": asdict(job.evaluation.report)}
+    if len(job.train.parts) > 1:
+        held_out = {part.name: asdict(part.report) for part in job.evaluation.parts}
+        facts["sources"] = [
+            {"name": p.name, "weight": s.weight, "train": asdict(p.report), "evaluation": held_out.get(p.name)}
+            for p, s in zip(job.train.parts, sources_of(job.recipe), strict=True)
+        ]
+    return facts
 
 
 def plan(job: Job) -> dict[str, Any]:

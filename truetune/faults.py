@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,6 +27,17 @@ def sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
     }
 
 
+def items(model: type[BaseModel]) -> dict[KeyPath, type[BaseModel]]:
+    """The keys of a recipe whose values are lists of parts, with the class of these."""
+    found: dict[KeyPath, type[BaseModel]] = {}
+    for name, section in sections(model).items():
+        for key, info in section.model_fields.items():
+            inner = get_args(info.annotation)[:1] if get_origin(info.annotation) is tuple else ()
+            if inner and isinstance(inner[0], type) and issubclass(inner[0], BaseModel):
+                found[name, key] = inner[0]
+    return found
+
+
 def sentences(
     error: ValidationError,
     model: type[BaseModel],
@@ -37,21 +48,23 @@ def sentences(
 
     pick: of keys that do not go together, the one that is said to be wrong.
     """
-    parts = sections(model)
+    parts, listed = sections(model), items(model)
     details_of: dict[KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] == "conflict":
             path = pick([tuple(key.split(".")) for key in detail["ctx"]["keys"]])
         else:
-            # Recipes are two levels deep; what follows in pydantic's location is its own (the members of a union).
-            path = tuple(map(str, detail["loc"][: 2 if detail["loc"][0] in parts else 1]))
+            # Recipes are two levels deep, and two more in a list of parts; what follows in pydantic's location is its
+            # own (the members of a union).
+            path = tuple(map(str, detail["loc"]))
+            path = path[: 4 if path[:2] in listed else 2 if path[0] in parts else 1]
         details_of.setdefault(path, []).append(detail)
     return {path: _sentence(path, details, model, values) for path, details in details_of.items()}
 
 
 def _sentence(path: KeyPath, details: Sequence[Any], model: type[BaseModel], values: Mapping[str, Any]) -> str:
-    key, detail, parts = ".".join(path), details[0], sections(model)
-    part = parts.get(path[0], model)
+    key, detail, parts = called(path), details[0], sections(model)
+    part = items(model)[path[:2]] if len(path) > 2 else parts.get(path[0], model)
     match detail["type"]:
         case "conflict":
             return detail["ctx"]["sentence"]
@@ -63,7 +76,7 @@ def _sentence(path: KeyPath, details: Sequence[Any], model: type[BaseModel], val
             return f"{key} is a section; write its keys under it ({', '.join(part.model_fields)})"
     value: Any = values
     for name in path:
-        value = value[name]
+        value = value[int(name) if isinstance(value, list | tuple) else name]
     hint = ""
     if detail["type"] == "literal_error":
         hint = registry.suggestion(str(value), re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
@@ -72,9 +85,14 @@ def _sentence(path: KeyPath, details: Sequence[Any], model: type[BaseModel], val
     return f"{key} is {registry.spell(value)}, but {registry.must_be(details)}{hint}"
 
 
+def called(path: KeyPath) -> str:
+    """The key as a user would write it: ``data.sources[0].weight``."""
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(path))
+
+
 def _unknown(path: KeyPath, part: type[BaseModel], parts: Mapping[str, type[BaseModel]]) -> str:
     """Nearest is the same key in another section, else the nearest key in this one."""
     elsewhere = [f'"{name}.{path[-1]}"' for name, other in parts.items() if path[-1] in other.model_fields]
     near = registry.suggestion(path[-1], part.model_fields)
     hint = f" (did you mean {' or '.join(elsewhere)}?)" if elsewhere else near
-    return f'unknown key "{".".join(path)}"{hint}; use one of {", ".join(part.model_fields)}'
+    return f'unknown key "{called(path)}"{hint}; use one of {", ".join(part.model_fields)}'

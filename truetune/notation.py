@@ -155,7 +155,7 @@ def _plain(node: yaml.Node, place: Place, places: dict[KeyPath, str], path: KeyP
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node.tag, node.value)
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, place, {}) for item in node.value]
+        return [_plain(item, place, places, (*path, str(i))) for i, item in enumerate(node.value)]
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         here = place(key_node.start_mark.line + 1)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -60,14 +61,30 @@ class Model(Part):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
-class Data(Part):
-    """Which rows are trained on."""
+Format = Literal["auto", "messages", "preference", "sharegpt", "alpaca", "prompt-completion", "text"]
+FORMAT: Final = "what a row is; auto: told by its columns"
+SOURCE: Final = "python-docs, a file of rows or text, a folder of them, or a hub id"
 
-    source: str = Field(min_length=1, description="python-docs, a .jsonl file, a datasets folder, or a hub id")
+
+class Source(Part):
+    """One of several sources of rows."""
+
+    source: str = Field(min_length=1, description=SOURCE)
     split: str = Field("train", description="split of the source")
-    format: Literal["auto", "messages", "preference", "sharegpt", "alpaca", "prompt-completion", "text"] = Field(
-        "auto", description="what a row is; auto: told by its columns"
+    format: Format = Field("auto", description=FORMAT)
+    rows: int | None = Field(None, gt=0, description="use only the first rows")
+    weight: float = Field(1.0, gt=0, le=1000, description="how many times an epoch has each of its rows")
+
+
+class Data(Part):
+    """Which rows are trained on: of one source, or of several."""
+
+    source: str | None = Field(None, min_length=1, description=SOURCE)
+    sources: Annotated[tuple[Source, ...], Strict(False), BeforeValidator(lambda value: value or ())] = Field(
+        (), description="several in place of one, each with source, split, format, rows and weight"
     )
+    split: str = Field("train", description="split of the source")
+    format: Format = Field("auto", description=FORMAT)
     targets: Literal["assistant", "last", "all"] = Field(
         "assistant", description="tokens that are learned: every assistant turn, only the last, or all after the first"
     )
@@ -78,6 +95,32 @@ class Data(Part):
         "truncate", description="what becomes of longer ones; split: pieces that share one token, as context"
     )
     cut_limit: float = Field(0.05, ge=0, le=1, description="share of target tokens that truncation may cut")
+
+    @model_validator(mode="after")
+    def _some_data(self) -> Data:
+        if self.source is None and not self.sources:
+            raise _conflict(f"data.source is missing ({SOURCE}); add data.source=...", "data.source")
+        idle = sorted(self.model_fields_set & {"source", "split", "format", "rows"}) if self.sources else ()
+        if "source" in idle and self.source is not None:
+            raise _conflict(
+                "data.source and data.sources both say where rows come from; keep one, and drop the other with "
+                "data.source=none or data.sources=none",
+                "data.source",
+                "data.sources",
+            )
+        for key in idle:
+            if key != "source":
+                raise _conflict(
+                    f"data.{key} means nothing with data.sources, each of which has its own; write it there",
+                    f"data.{key}",
+                    "data.sources",
+                )
+        named = [(part.source, part.split) for part in self.sources]
+        if twice := next((name for name in named if named.count(name) > 1), None):
+            raise _conflict(
+                f"data.sources has {twice[0]} ({twice[1]}) twice; name it once, and raise its weight", "data.sources"
+            )
+        return self
 
 
 class HeldOut(Part):

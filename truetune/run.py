@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -157,12 +157,13 @@ def anchored(recipe: Recipe) -> Recipe:
     def absolute(name: str | None) -> str | None:
         return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
 
+    several = tuple(part.model_copy(update={"source": absolute(part.source)}) for part in recipe.data.sources)
     started = {"path": absolute(recipe.adapter.path)} if recipe.adapter.path else {}
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"path": absolute(recipe.model.path)}),
             "adapter": recipe.adapter.model_copy(update=started),
-            "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
+            "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source), "sources": several}),
             "evaluation": recipe.evaluation.model_copy(update={"source": absolute(recipe.evaluation.source)}),
         }
     )
@@ -224,12 +225,11 @@ def _tell(refused: Sequence[str]) -> None:
 
 def _write_rows(job: Job, folder: Path) -> None:
     """The rows that the figures rest on, for anyone who wants to recompute them."""
-    first = [job.trainer.documents[i] for i in job.trainer.stream.step(0)]
     target = folder / "data"
     target.mkdir(exist_ok=True)
     for name, rows in (
-        ("evaluation", job.evaluation.used(job.evaluation.documents)),
-        ("first_step", job.train.used(first)),
+        ("evaluation", job.evaluation.used(range(len(job.evaluation.documents)))),
+        ("first_step", job.train.used(job.trainer.stream.step(0))),
     ):
         lines = [json.dumps(row, default=str) for row in rows]
         write_text(target / f"{name}.jsonl", "\n".join(lines) + "\n")
@@ -335,7 +335,7 @@ def _export(job: Job, kind: str, folder: Path, target: Path, facts: Facts, note:
     Raises UserError, leaving nothing, if it reads back wrong.
     """
     write = writer_of(kind)
-    probe = [d.tokens[:128].tolist() for d in job.evaluation.documents[:PROBE]]
+    probe = [d.tokens[:128].tolist() for d in islice(job.evaluation.documents, PROBE)]
     with atomic_folder(target) as scratch:
         export = replace(write(job.trainer.model, job.loaded, scratch, probe), path=str(target))
         note = "; ".join(filter(None, (note, export.note))) or None

@@ -25,6 +25,7 @@ SUFFIXES = (".yaml", ".yml", ".toml")
 MOST_BYTES = 1 << 17
 
 SECTIONS = faults.sections(Recipe)
+ITEMS = faults.items(Recipe)
 
 
 def read(path_or_name: str | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -66,6 +67,9 @@ def describe(path_or_name: str | None, overrides: Sequence[str] = ()) -> Iterato
         for key, info in section.model_fields.items()
         if info.is_required() and isinstance(spelled.values[name], dict) and key not in spelled.values[name]
     ]
+    data = spelled.values["data"]
+    if isinstance(data, dict) and not (data.get("source") or data.get("sources")):
+        still_open.append(("data", "source"))
     for name, key in still_open:
         spelled.values[name][key] = "required"
     recipe = _validate(spelled)
@@ -75,6 +79,8 @@ def describe(path_or_name: str | None, overrides: Sequence[str] = ()) -> Iterato
             continue
         for key, inner in value:
             info = type(value).model_fields.get(key)
+            if (name, key) in ITEMS:
+                inner = [part.model_dump(exclude_defaults=True) for part in inner]
             shown = "required" if (name, key) in still_open else registry.spell(inner)
             meaning = (info.description or "") if info else f"option of this {name}"
             yield Described(f"{name}.{key}", shown, (name, key) in spelled.places, meaning)

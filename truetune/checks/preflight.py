@@ -97,10 +97,14 @@ def targets(documents: Sequence[Document]) -> Verdict:
 
 def stops(documents: Sequence[Document], stop_ids: frozenset[int]) -> Verdict:
     """Every complete trained turn must end in a token that ends an answer, and that token be trained."""
-    ends = [(int(d.tokens[e]), bool(d.targets[e]), d.row) for d in documents for e in d.ends]
-    bad = [row for token, trained, row in ends if not (trained and token in stop_ids)]
-    figure = f"{len(ends) - len(bad)} of {len(ends)} turns" + (f" (not: row {bad[0]})" if bad else "")
-    tokens = sorted({token for token, _, row in ends if row in bad and token not in stop_ids})
+    turns = 0
+    bad = []
+    for document in documents:
+        turns += len(document.ends)
+        last = ((int(document.tokens[end]), bool(document.targets[end])) for end in document.ends)
+        bad += [(document.row, token) for token, trained in last if not (trained and token in stop_ids)]
+    figure = f"{turns - len(bad):,} of {turns:,} turns" + (f" (not: row {bad[0][0]})" if bad else "")
+    tokens = sorted({token for _, token in bad} - stop_ids)
     advice = (
         f"add {tokens} to eos_token_id in generation_config.json if that is what ends an answer"
         if tokens

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -83,7 +82,7 @@ class Renderer:
 
     ``stop_ids`` are the tokens that end generation. ``targets``: every assistant turn, only the last, or every token
     after the first. ``too_long``: what becomes of a document above ``max_length``; "error" leaves it out, and whoever
-    has all rows refuses them (``require_fit``). ``template`` is the chat template in use, the tokenizer's own or
+    has all rows refuses them (``dataset.tokenize``). ``template`` is the chat template in use, the tokenizer's own or
     ``DEFAULT_TEMPLATE``; save it with the model, as ``template_digest`` (SHA-256) is what a later user compares.
     Raises UserError for a tokenizer that cannot be used.
     """
@@ -291,17 +290,6 @@ class Renderer:
             if text[slice(*offsets[end])].strip():
                 break
         return first, last
-
-
-def require_fit(name: str, rows: Sequence[int], rendered: Sequence[Rendered], max_length: int) -> None:
-    """Raise UserError if a row is longer than ``max_length``, for ``too_long`` error; it names the first such row."""
-    lengths = [r.length for r in rendered]
-    found = [row for row, length in zip(rows, lengths, strict=True) if length > max_length]
-    if found:
-        raise UserError(
-            f"{name}: {place(found[0])} is one of {len(found)} with more than {max_length} tokens, which data.too_long "
-            f"calls an error; set data.max_length to {max(lengths)}, or data.too_long to truncate, drop or split"
-        )
 
 
 def _weighed(ids: list[int], weights: np.ndarray, ends: list[int], kinds: np.ndarray, row: int) -> Draft:

@@ -7,15 +7,23 @@ truncation cut. A run is refused when truncation would cut more than a stated sh
 from __future__ import annotations
 
 import hashlib
+import heapq
+import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from truetune.data import formats
 from truetune.data.batch import Document
-from truetune.data.chat import Rendered, Renderer, require_fit
+from truetune.data.chat import Renderer
+from truetune.data.documents import Documents, lengths, spooled, stored
+from truetune.data.messages import place
+from truetune.data.rendering import Account, Shape, identity, portions
 from truetune.data.sources import Row, Rows, canonical
 from truetune.errors import UserError
 
@@ -56,69 +64,157 @@ class DataReport:
     document_digest: str
 
 
+DOCUMENTS = 1
+"""Version of what makes documents of rows: raise it when the same rows would become others."""
+CHANGING = ("strftime_now", "random", "lipsum")
+"""Words in a chat template that may render the same row otherwise another day; others that hold them pay for it."""
+
+
 def tokenize(
-    rows: Rows, form: str, renderer: Renderer, cut_limit: float, weight: str | None = "weight"
-) -> tuple[list[Document], DataReport]:
+    rows: Rows,
+    form: str,
+    renderer: Renderer,
+    cut_limit: float,
+    weight: str | None = "weight",
+    cache: Path | None = None,
+) -> tuple[Documents, DataReport]:
     """The documents of the rows, in their order. ``form`` is a key of ``FORMATS`` or "auto"; ``weight`` a column.
 
+    cache: a folder where many documents are kept, and found again for the same rows and renderer; without it they are
+    all in memory.
     Raises UserError, naming the source and the row, for a row that is not of the format; if truncation
     cuts more than ``cut_limit`` (a share) of the targets; if no row has anything to learn.
     """
     if form == "auto":
         form = formats.detect(rows.rows[0])
-    try:
-        examples = [formats.read(form, row, i, weight) for i, row in zip(rows.numbers, rows.rows, strict=True)]
-        rendered = [renderer.documents(example, i) for i, example in zip(rows.numbers, examples, strict=True)]
-    except UserError as fault:
-        raise UserError(f"{rows.name}: {fault}") from fault
-    if renderer.too_long == "error":
-        require_fit(rows.name, rows.numbers, rendered, renderer.max_length)
-    elif renderer.too_long == "truncate":
-        _check_cut(rows, rendered, renderer.max_length, cut_limit)
-    documents = [document for r in rendered for document in r.documents]
-    dropped = Counter(r.dropped for r in rendered if r.dropped is not None)
-    if not documents:
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
-        raise UserError(f"no row of {rows.name} has anything to learn ({reasons}); give other data")
-    lengths = np.array([len(d) for d in documents])
-    report = DataReport(
+    shape = Shape(form, weight)
+    key = _key(rows, shape, renderer, cut_limit)
+    if cache and (found := stored(cache / key)):
+        return found[0], DataReport(**found[1] | {"source": rows.name})
+    account, digest = Account(), hashlib.sha256()
+    numbered = zip(map(int, rows.numbers), rows.rows, strict=True)
+    with spooled(cache / key if cache else None) as spool:
+        try:
+            with closing(portions(numbered, len(rows), shape, renderer)) as made:
+                for documents, part in made:
+                    account.add(part)
+                    _digest(documents, digest)
+                    spool.add(documents)
+        except UserError as fault:
+            raise UserError(f"{rows.name}: {fault}") from fault
+        documents = spool.done()
+        _check(rows, account, documents, renderer, cut_limit)
+        report = _report(rows, form, renderer, account, documents, digest.hexdigest())
+        if any(word in renderer.template for word in CHANGING):
+            return spool.lend(documents), report
+        return spool.keep(documents, asdict(report)), report
+
+
+def _key(rows: Rows, shape: Shape, renderer: Renderer, cut_limit: float) -> str:
+    """SHA-256 of all that the documents and their report depend on, but for the rows' name."""
+    numbers = hashlib.sha256(np.asarray(rows.numbers, dtype=np.int64).tobytes()).hexdigest()
+    facts = {
+        "version": DOCUMENTS,
+        "rows": rows.digest,
+        "numbers": numbers,
+        "shape": shape,
+        "cut_limit": cut_limit,
+        "renderer": identity(renderer),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _report(
+    rows: Rows, form: str, renderer: Renderer, account: Account, documents: Documents, digest: str
+) -> DataReport:
+    found = documents.lengths
+    return DataReport(
         source=rows.name,
         format=form,
         digest=rows.digest,
-        template=renderer.template_digest if any(map(renderer.as_chat, examples)) else None,
+        template=renderer.template_digest if account.chat else None,
         rows=len(rows),
         documents=len(documents),
-        tokens=int(lengths.sum()),
-        targets=sum(d.target_count for d in documents),
-        truncated=sum(r.length > renderer.max_length for r in rendered),
-        targets_cut=sum(len(r.cut) for r in rendered),
-        dropped=dict(dropped),
-        notes=dict(Counter(note for r in rendered for note in sorted(r.notes))),
-        shortest=int(lengths.min()),
-        median=float(np.median(lengths)),
-        mean=float(lengths.mean()),
-        longest=int(lengths.max()),
-        tokens_by_role=_total(r.tokens_by_role for r in rendered),
-        targets_by_role=_total(r.targets_by_role for r in rendered),
-        empty=sum(
-            not answer.strip()
-            for example, r in zip(examples, rendered, strict=True)
-            if r.documents
-            for answer in formats.answers(renderer.chosen(example))
-        ),
-        document_digest=_digest(documents),
+        tokens=int(found.sum()),
+        targets=int(np.count_nonzero(documents.columns["targets"])),
+        truncated=account.truncated,
+        targets_cut=int(account.cut.sum()),
+        dropped=dict(account.dropped),
+        notes=dict(account.notes),
+        shortest=int(found.min()),
+        median=float(np.median(found)),
+        mean=float(found.mean()),
+        longest=int(found.max()),
+        tokens_by_role=dict(account.tokens_by_role),
+        targets_by_role=dict(account.targets_by_role),
+        empty=account.empty,
+        document_digest=digest,
     )
-    return documents, report
 
 
-def _digest(documents: Iterable[Document]) -> str:
+def _check(rows: Rows, account: Account, documents: Documents, renderer: Renderer, cut_limit: float) -> None:
+    """Raises UserError if nothing is left, if a row is too long where that is an error, or if truncation cuts too much,
+    with the least max_length that would not."""
+    max_length = renderer.max_length
+    if renderer.too_long == "error" and account.first_too_long is not None:
+        raise UserError(
+            f"{rows.name}: {place(account.first_too_long)} is one of {account.truncated} with more than "
+            f"{max_length} tokens, which data.too_long calls an error; set data.max_length to {account.longest}, or "
+            "data.too_long to truncate, drop or split"
+        )
+    cut = int(account.cut.sum())
+    held = cut + int(np.count_nonzero(documents.columns["targets"]))
+    if renderer.too_long == "truncate" and cut > cut_limit * held:
+        from_here = account.cut[::-1].cumsum()[::-1]  # targets that are cut from this position on
+        enough = int(np.flatnonzero(from_here > int(cut_limit * held))[-1]) + 1
+        raise UserError(
+            f"max_length {max_length} would cut {cut / held:.1%} of the target tokens of {rows.name}, in "
+            f"{account.cut_rows} of {len(rows)} rows, where cut_limit allows {cut_limit:.1%}; set max_length to "
+            f"{enough} or raise cut_limit"
+        )
+    if not len(documents):
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in account.dropped.items())
+        raise UserError(f"no row of {rows.name} has anything to learn ({reasons}); give other data")
+
+
+def together(reports: Sequence[DataReport], documents: Sequence[Sequence[Document]]) -> DataReport:
+    """One account of several sources; of a single one its own."""
+    if len(reports) == 1:
+        return reports[0]
+    joined: dict[str, Any] = {}
+    for field in fields(DataReport):
+        values = [getattr(report, field.name) for report in reports]
+        if all(isinstance(value, dict) for value in values):
+            joined[field.name] = _total(map(Counter, values))
+        elif all(isinstance(value, int) for value in values):
+            joined[field.name] = sum(values)
+    found = np.concatenate([lengths(part) for part in documents])
+    return DataReport(
+        **joined
+        | {
+            "source": " + ".join(report.source for report in reports),
+            "format": ", ".join(dict.fromkeys(report.format for report in reports)),
+            "digest": _joint_digest(report.digest for report in reports),
+            "template": next((report.template for report in reports if report.template), None),
+            "shortest": int(found.min()),
+            "median": float(np.median(found)),
+            "mean": float(found.mean()),
+            "longest": int(found.max()),
+            "document_digest": _joint_digest(report.document_digest for report in reports),
+        }
+    )
+
+
+def _joint_digest(digests: Iterable[str]) -> str:
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _digest(documents: Documents, digest: Any) -> None:
     """Of what is trained: a template that prints the date, or another tokenizer, changes it though no row did."""
-    digest = hashlib.sha256()
     for document in documents:
         digest.update(f"{len(document)}:".encode() + document.tokens.tobytes() + document.targets.tobytes())
         if document.weights is not None:
             digest.update(document.weights.tobytes())
-    return digest.hexdigest()
 
 
 def _total(counts: Iterable[Counter[str]]) -> dict[str, int]:
@@ -126,21 +222,6 @@ def _total(counts: Iterable[Counter[str]]) -> dict[str, int]:
     for count in counts:
         total.update(count)
     return dict(total)
-
-
-def _check_cut(rows: Rows, rendered: list[Rendered], max_length: int, cut_limit: float) -> None:
-    """Raises UserError if truncation cuts too much, with the least max_length that would not."""
-    cut = np.sort(np.concatenate([r.cut for r in rendered]))[::-1]
-    held = len(cut) + sum(d.target_count for r in rendered for d in r.documents)
-    if len(cut) <= cut_limit * held:
-        return
-    enough = int(cut[int(cut_limit * held)]) + 1
-    hit = sum(len(r.cut) > 0 for r in rendered)
-    raise UserError(
-        f"max_length {max_length} would cut {len(cut) / held:.1%} of the target tokens of {rows.name}, in "
-        f"{hit} of {len(rows)} rows, where cut_limit allows {cut_limit:.1%}; set max_length to {enough} "
-        "or raise cut_limit"
-    )
 
 
 def hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -161,20 +242,33 @@ def hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     return kept, held
 
 
-def less(train: Rows, evaluation: Rows) -> Rows:
+def less(train: Rows, evaluation: Iterable[Rows]) -> Rows:
     """The training rows that are not held out as well; how many are left out is said in their name.
 
     A loss on rows that were trained on says nothing. Raises UserError if no row is left.
     """
-    held = {canonical(row) for row in evaluation.rows}
-    kept = [i for i, row in enumerate(train.rows) if canonical(row) not in held]
+    held = {canonical(row): rows.name for rows in evaluation for row in rows.rows}
+    names = [held.get(canonical(row)) for row in train.rows]
+    kept = [i for i, name in enumerate(names) if name is None]
     shared = len(train) - len(kept)
     if not kept:
+        by = ", ".join(sorted({name for name in names if name is not None}))
         raise UserError(
-            f"every row of {train.name} is also held out ({evaluation.name}); name another evaluation.source or "
+            f"every row of {train.name} is also held out ({by}); name another evaluation.source or "
             "evaluation.split, or leave both out"
         )
     return train.at(kept, f"{train.name} less {shared} that are held out") if shared else train
+
+
+def shares(wanted: int, sizes: Sequence[int]) -> list[int]:
+    """How many of ``wanted`` rows each of several sources gives: as many as the others, or all that it has."""
+    given = [0] * len(sizes)
+    left = min(wanted, sum(sizes))
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    for position, i in enumerate(order):  # what the smallest lack, the others give; what is odd, the largest
+        given[i] = min(sizes[i], left // (len(sizes) - position))
+        left -= given[i]
+    return given
 
 
 def first(rows: Rows, n: int) -> Rows:
@@ -186,8 +280,8 @@ def draw(rows: Rows, n: int, seed: int) -> Rows:
     """``n`` rows drawn by the seed without replacement, in the source's order; or all."""
     if n >= len(rows):
         return rows
-    order = sorted(range(len(rows)), key=lambda i: (_rank(rows.rows[i], seed), i))
-    return rows.at(sorted(order[:n]), held_out_split=rows.held_out_split)
+    ranked = heapq.nsmallest(n, ((_rank(row, seed), i) for i, row in enumerate(rows.rows)))
+    return rows.at(sorted(i for _, i in ranked), held_out_split=rows.held_out_split)
 
 
 def _rank(row: Row, seed: int) -> bytes:

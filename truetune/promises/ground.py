@@ -47,9 +47,17 @@ class Reading:
         value = getattr(self._part, name)
         if isinstance(value, Part):
             return Reading(value, self._read, f"{self._prefix}{name}.")
+        if parts := _listed(value):
+            self._read.add(f"{self._prefix}{name}")
+            return tuple(Reading(part, self._read, f"{self._prefix}{name}.{i}.") for i, part in enumerate(parts))
         names = self._part.model_extra or {} if name == "options" else [name]
         self._read.update(f"{self._prefix}{key}" for key in names)
         return value
+
+
+def _listed(value: Any) -> tuple[Part, ...]:
+    """The parts that ``value`` is a list of, if it is one."""
+    return value if isinstance(value, tuple) and value and all(isinstance(v, Part) for v in value) else ()
 
 
 def written(part: Part, prefix: str = "") -> set[str]:
@@ -57,7 +65,8 @@ def written(part: Part, prefix: str = "") -> set[str]:
     keys = set()
     for name in part.model_fields_set - {"version"}:
         value = getattr(part, name)
-        keys |= written(value, f"{prefix}{name}.") if isinstance(value, Part) else {prefix + name}
+        inner = {name: value} if isinstance(value, Part) else {f"{name}.{i}": v for i, v in enumerate(_listed(value))}
+        keys |= set().union(*(written(v, f"{prefix}{k}.") for k, v in inner.items())) if inner else {prefix + name}
     return keys
 
 

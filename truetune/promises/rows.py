@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from truetune.assembly import Part, build_stream
+from truetune.assembly import Part, build_stream, sources_of
 from truetune.checks.preflight import restored
 from truetune.data import formats
 from truetune.data.batch import IGNORE
@@ -73,10 +73,10 @@ def _pieces(targets: np.ndarray, limit: int, too_long: str) -> list[np.ndarray]:
 def conservation(ground: Ground) -> Verdict:
     """Target tokens in = out, per source and role; no document twice in an epoch, none lost, none in both parts."""
     faults, told = [], []
-    for side, part in (("training", ground.job.train), ("held out", ground.job.evaluation)):
+    for side, part in _parts(ground):
         count, report = recount(ground, part), part.report
         faults += _unequal(
-            side,
+            f"{side}, {part.name}",
             targets=(report.targets, count.kept),
             cut=(report.targets_cut, count.held - count.kept),
             documents=(report.documents, count.documents),
@@ -84,31 +84,51 @@ def conservation(ground: Ground) -> Verdict:
             roles=(sum(report.targets_by_role.values()), count.kept),
         )
         if count.kept == count.held and report.targets_by_role != dict(count.by_role):
-            faults.append(f"{side}: targets by role are {report.targets_by_role}, counted {dict(count.by_role)}")
+            faults.append(
+                f"{side}, {part.name}: targets by role are {report.targets_by_role}, counted {dict(count.by_role)}"
+            )
         told.append(f"{report.source}: {count.held:,} targets = {report.targets:,} kept + {report.targets_cut:,} cut")
-    both = {canonical(r) for r in ground.job.train.rows.rows} & {canonical(r) for r in ground.job.evaluation.rows.rows}
+    held_out = {canonical(row) for part in ground.job.evaluation.parts for row in part.rows.rows}
+    both = {key for part in ground.job.train.parts for row in part.rows.rows if (key := canonical(row)) in held_out}
     if both:
         faults.append(f"{len(both)} rows are both trained on and held out")
-    planned = replace(ground.trainer, stream=build_stream(ground.asked, ground.job.train.documents))
-    faults += _order(planned)
+    planned = replace(ground.trainer, stream=build_stream(ground.asked, ground.job.train))
+    weights = [source.weight for source in sources_of(ground.asked)]
+    faults += _order(planned, list(zip(ground.job.train.by_source.values(), weights, strict=True)))
     steps, labels = _labels(planned, faults)
     told.append(f"{labels:,} labels in the batches of {steps} steps are their documents' targets")
     return Verdict("", not faults, "; ".join(faults or told), "rows are lost or doubled; please report it")
+
+
+def _parts(ground: Ground) -> list[tuple[str, Part]]:
+    """Each source's part of each side, with the name of the side."""
+    sides = (("training", ground.job.train), ("held out", ground.job.evaluation))
+    return [(name, part) for name, side in sides for part in side.parts]
 
 
 def _unequal(side: str, **pairs: tuple[int, int]) -> list[str]:
     return [f"{side}: {name} are {told:,}, counted {found:,}" for name, (told, found) in pairs.items() if told != found]
 
 
-def _order(trainer: Trainer) -> list[str]:
-    """Faults of the order of the run: each epoch holds every document once."""
-    size = len(trainer.documents)
+def _order(trainer: Trainer, sources: list[tuple[range, float]]) -> list[str]:
+    """Faults of the order of the run: each source comes as often as its weight says, and every document of it once
+    before any comes twice."""
     order = np.array([i for t in range(len(trainer.stream)) for i in trainer.stream.step(t)])
-    for epoch in range(-(-len(order) // size)):
-        seen = np.bincount(order[epoch * size : (epoch + 1) * size], minlength=size)
-        if seen.max() > 1:
-            return [f"document {int(seen.argmax())} comes {int(seen.max())} times in epoch {epoch}"]
-    return []
+    epochs = len(order) / sum(weight * len(places) for places, weight in sources)
+    whole = sum(round(int(epochs) * weight * len(places)) for places, weight in sources)
+    faults = []
+    for places, weight in sources:
+        mine = order[(order >= places.start) & (order < places.stop)] - places.start
+        found = int(np.sum((order[:whole] >= places.start) & (order[:whole] < places.stop)))
+        if found != (wanted := round(int(epochs) * weight * len(places))):
+            faults.append(f"{found:,} documents of {int(epochs)} epochs are of a source that should have {wanted:,}")
+        for start in range(0, len(mine), len(places)):
+            seen = np.bincount(mine[start : start + len(places)], minlength=len(places))
+            if seen.max() > 1:
+                document = places.start + int(seen.argmax())
+                faults.append(f"document {document} comes twice before all others of its source came once")
+                break
+    return faults
 
 
 def _labels(trainer: Trainer, faults: list[str]) -> tuple[int, int]:
@@ -133,7 +153,7 @@ def silence(ground: Ground) -> Verdict:
     asked = written(ground.asked)
     if unread := sorted(asked - ground.read):
         faults.append(f"{unread[0]} was written in the recipe and never read")
-    parts = (ground.job.train, ground.job.evaluation)
+    parts = [part for _, part in _parts(ground)]
     counts = [recount(ground, part) for part in parts]
     for part, count in zip(parts, counts, strict=True):
         faults += _unequal(

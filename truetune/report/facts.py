@@ -159,6 +159,19 @@ def data(run: Run) -> list[tuple[str, str, str]]:
     return [(label, left.get(label, ""), right.get(label, "")) for label in {**left, **right}]
 
 
+def sources(run: Run) -> list[tuple[str, list[str]]]:
+    """(name, cells) of each source, where there are several: what its rows held, what became of it, its losses."""
+    told = []
+    for source in run.get("data.sources", []):
+        name, train, held_out = source["name"], source["train"], source["evaluation"] or {}
+        losses = [((end or {}).get("by_source") or {}).get(name) for end in (run.before, run.after)]
+        held = train["targets"] + train["targets_cut"]
+        figures = (train["rows"], train["documents"], train["tokens"], held, train["targets"], train["targets_cut"])
+        cells = [*map(count, figures), count(sum(train["dropped"].values())), count(held_out.get("targets", 0))]
+        told.append((name, [f"{source['weight']:g}", *cells, *("" if x is None else number(x) for x in losses)]))
+    return told
+
+
 def roles(run: Run) -> list[tuple[str, int, int, float]]:
     """(role, tokens, targets, share of the longest role's tokens) of the training data."""
     tokens = run.get("data.train.tokens_by_role", {})

@@ -139,6 +139,8 @@ class Console:
             f"perplexity {record.perplexity:.4g}, accuracy {100 * record.accuracy:.1f} %{best}",
             "bold",
         )
+        for name, loss in record.by_source.items():
+            self._say(f"           {name}: loss {loss:.4f}")
         if record.documents is not None and record.documents < FEW and not self._warned:
             self._warned = True
             self._say(

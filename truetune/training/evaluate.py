@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -21,11 +21,21 @@ PROMPT_OF_TEXT = 16
 
 
 class Evaluator:
-    """Loss per target token over ``documents``, packed into batches of at most ``capacity`` tokens; no weights."""
+    """Loss per target token over ``documents``, packed into batches of at most ``capacity`` tokens; no weights.
 
-    def __init__(self, documents: Sequence[Document], capacity: int, objective: Objective) -> None:
+    sources: name of a source -> places of its documents; where there are several, each has its own loss as well.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        capacity: int,
+        objective: Objective,
+        sources: Mapping[str, range] | None = None,
+    ) -> None:
         self.documents = documents
         self.objective = objective
+        self.sources = sources if sources and len(sources) > 1 else {}
         self.packs = best_fit_decreasing([len(d) for d in documents], capacity)
 
     @torch.no_grad()
@@ -34,7 +44,7 @@ class Evaluator:
         training = model.training
         model.eval()
         total, count, right, tokens = 0.0, 0, 0, 0
-        per_document: list[tuple[float, int]] = []
+        of_document: dict[int, tuple[float, int]] = {}
         for pack in self.packs:
             batch = Batch.of([self.documents[i] for i in pack], model.device)
             terms = self.objective(model, batch)
@@ -44,7 +54,7 @@ class Evaluator:
             tokens += len(batch.tokens)
             counts = [self.documents[i].target_count for i in pack]
             sums = [float(part.double().sum()) for part in terms.losses.split(counts)]
-            per_document += zip(sums, counts, strict=True)
+            of_document |= dict(zip(pack, zip(sums, counts, strict=True), strict=True))
         model.train(training)
         loss = total / count
         perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -57,9 +67,15 @@ class Evaluator:
             tokens=tokens,
             targets=count,
             seconds=seconds,
-            documents=len(per_document),
-            error=standard_error(per_document),
+            documents=len(of_document),
+            error=standard_error(list(of_document.values())),
+            by_source={name: _mean([of_document[i] for i in places]) for name, places in self.sources.items()},
         )
+
+
+def _mean(documents: Sequence[tuple[float, int]]) -> float:
+    """Of (sum of losses, targets) of documents, the loss per target."""
+    return sum(total for total, _ in documents) / sum(count for _, count in documents)
 
 
 def standard_error(documents: Sequence[tuple[float, float]]) -> float | None:

@@ -7,7 +7,7 @@ these and nothing else. ``as_json`` is the spelling in ``metrics.jsonl``.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from truetune import versions
@@ -82,6 +82,8 @@ class Evaluation:
     error is the standard error of the loss over the ``documents`` that were held out (nats), None for fewer than two:
     how far the loss of other documents like these may lie from it. Two evaluations of one run see the same
     documents, so their difference is far surer than that.
+
+    by_source: the loss of each source's held-out rows alone, where there are several.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -95,6 +97,7 @@ class Evaluation:
     best: bool = False
     documents: int | None = None
     error: float | None = None
+    by_source: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

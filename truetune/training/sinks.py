@@ -153,6 +153,9 @@ def _scalars(record: Record) -> Iterator[tuple[str, float]]:
         value = getattr(record, name)
         if value is not None:
             yield f"{record.kind}/{name}", value
+    if isinstance(record, Evaluation):
+        for source, loss in record.by_source.items():
+            yield f"{record.kind}/loss of {source}", loss
 
 
 class TensorBoard:

@@ -33,7 +33,7 @@ def write(path, rows=ROWS):
 
 def test_jsonl(tmp_path):
     rows = load(write(tmp_path / "data.jsonl"))
-    assert rows.rows == ROWS and len(rows) == 3
+    assert list(rows.rows) == ROWS and len(rows) == 3
     assert rows.name == str(tmp_path / "data.jsonl") and rows.held_out_split is None
 
 
@@ -42,7 +42,7 @@ def test_digest_is_of_the_content_and_the_order(tmp_path):
     spelled = '\ufeff{"n":1,  "text":"one"}\r\n\r\n{"n":2,"text":"zw\\u00f6lf"}\n{"n":3,"text":"three"}'
     (tmp_path / "b.jsonl").write_bytes(spelled.encode())
     b = load(str(tmp_path / "b.jsonl"))
-    assert b.rows == ROWS and b.digest == a.digest
+    assert list(b.rows) == ROWS and b.digest == a.digest
     assert load(write(tmp_path / "c.jsonl", ROWS[::-1])).digest != a.digest
     assert Rows.of(iter(ROWS), "elsewhere").digest == a.digest
 
@@ -77,9 +77,12 @@ def test_a_file_has_only_the_split_train(tmp_path):
 
 
 def test_other_files_are_refused_with_the_conversion(tmp_path):
-    (tmp_path / "data.csv").write_text("text\na\n")
-    with pytest.raises(UserError, match=r"data.csv is not a .jsonl file; convert it"):
-        load("data.csv")
+    (tmp_path / "data.xlsx").write_text("a")
+    with pytest.raises(UserError, match=r"data.xlsx is no file of rows \(.jsonl, .json, .csv, .*\); convert it"):
+        load("data.xlsx")
+    (tmp_path / "data.jsonl.gz").write_text("a")
+    with pytest.raises(UserError, match=r"data.jsonl.gz is no file of rows .*; unpack it"):
+        load("data.jsonl.gz")
 
 
 def test_saved_datasets(tmp_path):
@@ -87,9 +90,9 @@ def test_saved_datasets(tmp_path):
     train.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "two")
     one, two = load("one"), load("two")
-    assert one.rows == two.rows == ROWS and one.digest == two.digest
+    assert list(one.rows) == list(two.rows) == ROWS and one.digest == two.digest
     assert one.held_out_split is None and two.held_out_split == "test"
-    assert load("two", "test").rows == ROWS[:1] and load("two", "test").held_out_split is None
+    assert list(load("two", "test").rows) == ROWS[:1] and load("two", "test").held_out_split is None
     with pytest.raises(UserError, match="no split 'dev'; choose among: train, test"):
         load("two", "dev")
 
@@ -100,13 +103,13 @@ def test_folder_of_files(tmp_path):
     write(tmp_path / "folder" / "validation.jsonl", ROWS[:1])
     write(tmp_path / "folder" / "test.jsonl", ROWS[:2])
     rows = load("folder")
-    assert rows.rows == ROWS and rows.held_out_split == "validation"
+    assert list(rows.rows) == ROWS and rows.held_out_split == "validation"
     assert load("folder", "validation").held_out_split == "test"
 
 
 def test_folder_without_data(tmp_path):
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(UserError, match=r"hollow holds no data that can be read .*; give a folder"):
+    with pytest.raises(UserError, match=r"hollow holds no data that can be read; give a folder"):
         load("hollow")
     (tmp_path / "hollow" / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"hollow holds no data"):
@@ -140,7 +143,7 @@ def test_hub_id(monkeypatch):
         return datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load("owner/name").rows == load("owner/name:small").rows == ROWS
+    assert list(load("owner/name").rows) == list(load("owner/name:small").rows) == ROWS
     assert asked == [("owner/name", None), ("owner/name", "small")]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truetune.data.stream import Stream
@@ -120,3 +120,65 @@ def test_impossible_runs_are_refused() -> None:
         stream([3, 65])
     with pytest.raises(ValueError, match="keep one"):
         stream(epochs=1.0, steps=3)
+
+
+def mixed(sources: list[tuple[int, float]], per_step: int = 40, seed: int = 0, **stop: Any) -> Stream:
+    lengths = np.random.default_rng(1).integers(1, 20, sum(documents for documents, _ in sources)).tolist()
+    return Stream(lengths, per_step, 64, seed, sources=sources, **stop)
+
+
+SOURCES = st.lists(st.tuples(st.integers(1, 12), st.floats(0.05, 3.5)), min_size=1, max_size=4)
+
+
+@settings(max_examples=25)
+@given(sources=SOURCES, seed=st.integers(0, 9), epochs=st.integers(1, 5))
+def test_weights_say_how_often_an_epoch_has_each_document(
+    sources: list[tuple[int, float]], seed: int, epochs: int
+) -> None:
+    order = np.array(order_of(mixed(sources, seed=seed, epochs=float(epochs))))
+    wanted = [round(epochs * weight * documents) for documents, weight in sources]
+    assert len(order) == max(1, sum(wanted))
+    if not sum(wanted):
+        return
+    first = 0
+    for (documents, _), count in zip(sources, wanted, strict=True):
+        mine = order[(order >= first) & (order < first + documents)]
+        assert len(mine) == count
+        for start in range(0, count, documents):  # every document once before any comes twice
+            assert len(set(mine[start : start + documents])) == len(mine[start : start + documents])
+        first += documents
+
+
+@settings(max_examples=25)
+@given(sources=SOURCES, seed=st.integers(0, 9))
+def test_any_step_of_several_sources_can_be_asked_for_at_any_time(sources: list[tuple[int, float]], seed: int) -> None:
+    run = mixed(sources, seed=seed, epochs=3.3)
+    forwards = [run.step(t) for t in range(len(run))]
+    fresh = mixed(sources, seed=seed, epochs=3.3)
+    assert [fresh.step(t) for t in reversed(range(len(fresh)))] == forwards[::-1]
+    assert run.documents == sum(map(len, forwards)) and run.tokens == sum(
+        int(run.lengths[step].sum()) for step in forwards
+    )
+
+
+def test_a_single_source_of_weight_one_is_no_source_at_all() -> None:
+    plain = stream(epochs=2.5)
+    assert order_of(plain) == order_of(stream(epochs=2.5, sources=[(len(LENGTHS), 1.0)]))
+    assert plain.epochs == 2.5
+
+
+def test_a_fraction_goes_on_where_the_epoch_before_it_stopped() -> None:
+    run = stream([1] * 8, 1, sources=[(8, 0.25)], epochs=4.0)
+    assert sorted(order_of(run)) == list(range(8)) and run.epochs == 4.0
+
+
+def test_sources_take_turns_by_chance() -> None:
+    order = np.array(order_of(stream([1] * 400, 8, sources=[(200, 1.0), (200, 1.0)], epochs=1.0)))
+    early = np.sum(order[:200] < 200)
+    assert 70 < early < 130
+    assert not np.array_equal(order[order < 200], order[order >= 200] - 200)
+
+
+def test_the_order_of_several_sources_is_pinned() -> None:
+    run = stream([1] * 6, 3, sources=[(4, 1.0), (2, 1.5)], epochs=2.0)
+    assert [run.step(t) for t in range(len(run))] == [[4, 5, 0], [4, 2, 1], [3, 3, 5], [4, 2, 1], [5, 0]]
