@@ -102,7 +102,7 @@ def test_what_becomes_of_long_rows(too_long: str, my_model: Path, tmp_path: Path
     assert (report.targets_cut == 0) == (too_long == "split")
     assert report.dropped == ({"longer than max_length": report.truncated} if too_long == "drop" else {})
     assert (report.documents > report.rows) == (too_long == "split")
-    assert len(job.train.used(job.train.documents)) == len({d.row for d in job.train.documents})
+    assert len(job.train.used(range(len(job.train.documents)))) == len({d.row for d in job.train.documents})
 
 
 def test_a_run_on_pieces_of_rows_is_proven_and_sampled(my_model: Path, tmp_path: Path) -> None:

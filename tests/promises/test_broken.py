@@ -152,8 +152,8 @@ def test_a_document_lost_in_packing(ground: Ground, monkeypatch: Patch) -> None:
 
 
 def test_a_document_twice(ground: Ground, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(streams, "_permutation", lambda seed, epoch, n: torch.arange(n).numpy() // 2)
-    refuses("conservation", ground, "comes 2 times")
+    monkeypatch.setattr(streams, "_order", lambda seed, epoch, sources: torch.arange(sources[0][0]).numpy() // 2)
+    refuses("conservation", ground, "comes twice before all others of its source came once")
 
 
 def test_a_label_lost(ground: Ground, monkeypatch: Patch) -> None:
@@ -322,10 +322,10 @@ def test_a_start_by_the_clock(my_model: Path, my_data: Path, tmp_path: Path, mon
 
 
 def test_an_order_by_the_clock(my_model: Path, my_data: Path, tmp_path: Path, monkeypatch: Patch) -> None:
-    real, salt = streams._permutation, itertools.count()
+    real, salt = streams._order, itertools.count()
 
-    def salted(seed: int, epoch: int, documents: int) -> Any:
-        return real(seed + salted.salt, epoch, documents)  # type: ignore[attr-defined]
+    def salted(seed: int, epoch: int, sources: tuple[tuple[int, float], ...]) -> Any:
+        return real(seed + salted.salt, epoch, sources)  # type: ignore[attr-defined]
 
     whole = run.train
     salted.salt = 0  # type: ignore[attr-defined]
@@ -335,7 +335,7 @@ def test_an_order_by_the_clock(my_model: Path, my_data: Path, tmp_path: Path, mo
         salted.salt = 1 + next(salt)  # type: ignore[attr-defined]
         return folder
 
-    monkeypatch.setattr(streams, "_permutation", salted)
+    monkeypatch.setattr(streams, "_order", salted)
     monkeypatch.setattr(run, "train", then_another)
     refuses("determinism", prepared(my_model, my_data, tmp_path), "losses are")
 

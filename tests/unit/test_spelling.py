@@ -365,3 +365,48 @@ def test_describe_knows_every_key_and_what_is_open() -> None:
     assert described["optimizer.eps"].value == "1e-06"
     declared = {f"{name}.{key}" for name, part in spelling.SECTIONS.items() for key in part.model_fields}
     assert declared <= described.keys()
+
+
+# Lists of parts.
+
+SOURCES = ["model.path=m", "data.sources=[{source: a, weight: 0.5}, {source: b}]"]
+
+
+def test_several_sources_are_written_and_read(tmp_path: Path) -> None:
+    recipe = spelling.read(None, SOURCES)
+    assert [(part.source, part.weight) for part in recipe.data.sources] == [("a", 0.5), ("b", 1.0)]
+    spelling.write(recipe, tmp_path / "a.yaml")
+    assert spelling.read(str(tmp_path / "a.yaml")) == recipe
+    other = spelling.read(str(tmp_path / "a.yaml"), ["data.sources=none", "data.source=c"])
+    assert other.data.source == "c" and other.data.sources == ()
+    shown = {d.key: d.value for d in spelling.describe(None, SOURCES)}
+    assert shown["data.sources"] == '[{"source": "a", "weight": 0.5}, {"source": "b"}]'
+
+
+def test_a_fault_in_a_list_of_parts_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model: {path: m}\ndata:\n  sources:\n    - source: a\n    - source: b\n      weigth: 2\n")
+    with pytest.raises(
+        UserError, match=r'a.yaml:6: unknown key "data.sources\[1\].weigth" \(did you mean "weight"\?\)'
+    ):
+        spelling.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["data.sources=[{source: a, weight: 0}]"], r"data.sources\[0\].weight is 0, but must be greater than 0"),
+        (["data.sources=[{weight: 1}]"], r"data.sources\[0\].source is missing \(python-docs, .*add"),
+        (["data.sources=[a]"], r"data.sources\[0\] is a section; write its keys under it \(source, split"),
+        (["data.sources=[{source: a}, {source: a}]"], r"data.sources has a \(train\) twice; name it once"),
+        (["data.source=b", "data.sources=[{source: a}]"], "data.source and data.sources both say .* keep one"),
+        (
+            ["data.split=b", "data.sources=[{source: a}]"],
+            "data.split means nothing with data.sources, .* write it there",
+        ),
+        (["data.sources=none"], "data.source is missing"),
+    ],
+)
+def test_sources_that_do_not_go_together_are_told(keys: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        spelling.read(None, ["model.path=m", *keys])

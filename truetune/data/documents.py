@@ -97,7 +97,8 @@ class Documents(Sequence[Document]):
         tokens, targets, weights = (self.columns[name][here] for name in PER_TOKEN)
         ends = self.columns["ends"][slice(*self._end_starts[place : place + 2])]
         row = int(self.columns["rows"][place])
-        return Document(tokens, targets, row, tuple(ends.tolist()), weights if self.weighed else None)
+        weighed = self.weighed and bool((weights != 1).any())  # of a document without weights all are 1
+        return Document(tokens, targets, row, tuple(ends.tolist()), weights if weighed else None)
 
 
 def _weights(document: Document) -> np.ndarray:
