@@ -44,8 +44,8 @@ def test_the_command_that_loads_the_merged_model_is_true(
     assert "generated_text" in capsys.readouterr().out
 
 
-def test_a_run_that_is_over_is_exported(straight: tuple[Path, str], tmp_path: Path) -> None:
-    result = invoke("export", str(straight[0]), "--gguf", "f16", "--to", str(tmp_path / "to"))
+def test_a_run_that_is_over_is_exported(run: tuple[Path, str], tmp_path: Path) -> None:
+    result = invoke("export", str(run[0]), "--gguf", "f16", "--to", str(tmp_path / "to"))
     assert result.exit_code == 0, result.output
     assert re.match(rf"{tmp_path}/to  \(logits read back within \S+, bound \S+\)\nnext:\n", result.stdout)
     held = gguf.GGUFReader(tmp_path / "to" / "model-f16.gguf")

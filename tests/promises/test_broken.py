@@ -19,8 +19,10 @@ import torch
 from folders import invoke, keys, write_model
 
 from truetune import promises, run, spelling
+from truetune.assembly import Side
 from truetune.data import stream as streams
 from truetune.data.batch import IGNORE, Batch
+from truetune.data.dataset import DataReport
 from truetune.data.stream import Stream
 from truetune.errors import UserError
 from truetune.models import adapt, export, route
@@ -166,11 +168,17 @@ def test_a_label_lost(ground: Ground, monkeypatch: Patch) -> None:
     refuses("conservation", ground, "labels of")
 
 
+def telling(side: Side, report: DataReport) -> Side:
+    """The side, whose only source has the account ``report``."""
+    return Side((dataclasses.replace(side.parts[0], report=report),))
+
+
 @pytest.mark.parametrize("part", ["targets", "targets_cut", "documents"])
 def test_a_report_that_tells_less(ground: Ground, part: str) -> None:
     job = ground.job
-    false = dataclasses.replace(job.train.report, **{part: getattr(job.train.report, part) + 1})
-    told = dataclasses.replace(job, train=dataclasses.replace(job.train, report=false))
+    (only,) = job.train.parts
+    false = dataclasses.replace(only.report, **{part: getattr(only.report, part) + 1})
+    told = dataclasses.replace(job, train=telling(job.train, false))
     refuses("conservation", dataclasses.replace(ground, job=told), "counted")
 
 
@@ -307,8 +315,9 @@ def test_a_key_that_is_not_read(ground: Ground) -> None:
 @pytest.mark.parametrize("part", ["truncated", "dropped"])
 def test_rows_that_go_by_in_silence(ground: Ground, part: str) -> None:
     job = ground.job
-    false = dataclasses.replace(job.train.report, **{part: 3 if part == "truncated" else {"empty": 3}})
-    told = dataclasses.replace(job, train=dataclasses.replace(job.train, report=false))
+    (only,) = job.train.parts
+    false = dataclasses.replace(only.report, **{part: 3 if part == "truncated" else {"empty": 3}})
+    told = dataclasses.replace(job, train=telling(job.train, false))
     refuses("nothing silent", dataclasses.replace(ground, job=told), "counted")
 
 

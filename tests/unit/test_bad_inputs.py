@@ -221,7 +221,7 @@ CASES: list[Case] = [
     ("no assistant", lambda p: p.asking(("user", "x")), "has no assistant turn"),
     ("every target cut", long_questions, "would cut 100.0% of the target tokens"),
     ("too much cut", long_answers, r"would cut \d+\.\d% of the target tokens .*; set max_length to \d+"),
-    ("folder without data", empty_folder, "holds no data that can be read .*; give a folder"),
+    ("folder without data", empty_folder, "holds no data that can be read; give a folder"),
     ("no such split", lambda p: p.train("data.split=tset"), "has no split 'tset'; choose among: train"),
     ("no evaluation source", lambda p: p.train("evaluation.source=gone.jsonl"), "no data at 'gone.jsonl'.*; "),
     # the recipe
