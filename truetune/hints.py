@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -28,5 +29,5 @@ def commands_for(kind: str, folder: Path, place: Path) -> list[str]:
         names = (GGUF_FILE.format(kind.removeprefix("gguf-")), MODELFILE)
         file, modelfile = (shlex.quote(str(place / name)) for name in names)
         return [f"llama-server -m {file} --jinja", f"ollama create {called} -f {modelfile}"]
-    load = f"from transformers import pipeline; print(pipeline('text-generation', {str(place)!r})('...'))"
+    load = f'from transformers import pipeline; print(pipeline("text-generation", {json.dumps(str(place))})("..."))'
     return [] if kind == "adapter" else [f"python -c {shlex.quote(load)}"]
