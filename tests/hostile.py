@@ -40,8 +40,8 @@ def hostile_texts(url: str) -> tuple[str, str]:
     return BREAK_OUT.format(url=url), MARK_UP.format(url=url)
 
 
-def hostile_run(place: Path, url: str = "http://evil.example/") -> Path:
-    """The folder of a run that finished; then it was failed by a check of a hostile figure, and its page made again."""
+def hostile_files(place: Path, url: str = "http://evil.example/") -> tuple[Path, Path]:
+    """A model whose template, and a file whose rows and name, try it."""
     script, mark_up = hostile_texts(url)
     rows = [
         {
@@ -56,7 +56,12 @@ def hostile_run(place: Path, url: str = "http://evil.example/") -> Path:
     ]
     template = script.replace("{", "").replace("}", "") + CHATML
     model = write_model(place / f"model {NAME}", template=template)
-    data = write_rows(place / f"rows {NAME}.jsonl", rows)
+    return model, write_rows(place / f"rows {NAME}.jsonl", rows)
+
+
+def hostile_run(place: Path, url: str = "http://evil.example/") -> Path:
+    """The folder of a run that finished; then it was failed by a check of a hostile figure, and its page made again."""
+    model, data = hostile_files(place, url)
     folder = place / f"run {NAME}"
     more = ("train.steps=2", "data.max_length=2048", "train.tokens_per_micro_batch=2048", "train.tokens_per_step=3000")
     result = invoke("train", *keys(model, data, folder, *more, "output.merged=false"))

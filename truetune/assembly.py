@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch.optim import Optimizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from truetune import registry
 from truetune.checks.preflight import Preflight
@@ -81,6 +82,11 @@ class Side:
         return dataset.together([part.report for part in self.parts], [part.documents for part in self.parts])
 
     @property
+    def lengths(self) -> list[np.ndarray]:
+        """Tokens of the documents of each part."""
+        return [lengths(part.documents) for part in self.parts]
+
+    @property
     def by_source(self) -> dict[str, range]:
         """Places among the documents of each part, by its name."""
         ends = accumulate(len(part.documents) for part in self.parts)
@@ -129,16 +135,14 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
     loaded, model = build_model(recipe)
     train_rows, held_out_rows = (sum(len(choice.rows) for choice in side) for side in chosen)
     tell("tokenising", f"{train_rows:,} rows to train on and {held_out_rows:,} held out")
-    renderer = Renderer(
-        loaded.tokenizer, loaded.stop_ids, recipe.data.max_length, recipe.data.targets, recipe.data.too_long
-    )
+    renderer = build_renderer(recipe, loaded.tokenizer, loaded.stop_ids)
     train, evaluation = (tokenized(recipe, rows, renderer) for rows in chosen)
     if train.report.template:  # the default, where the tokenizer has none: it must leave with the model
         loaded.tokenizer.chat_template = renderer.template
     notes = [note for part in (*train.parts, *evaluation.parts) if (note := require_known(model, part))]
     if isinstance(model.model, PeftModel) and (reach := coverage(model.model)).experts:
         notes.append(str(reach))
-    stream = build_stream(recipe, train)
+    stream = build_stream(recipe, train.lengths)
     steps = len(stream)
     shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options)
     optimizer = registry.bind("optimizer", OPTIMIZERS, recipe.optimizer.name, recipe.optimizer.options)
@@ -226,6 +230,11 @@ def choose_rows(recipe: Recipe) -> tuple[list[Choice], list[Choice]]:
         named = ", ".join(rows.name for rows in train)
         raise UserError(f"{named} has no column {column}; name the column of the weights in data.weight_column")
     return [Choice(*parts) for parts in zip(names, train, shapes, strict=True)], aside
+
+
+def build_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> Renderer:
+    data = recipe.data
+    return Renderer(tokenizer, stop_ids, data.max_length, data.targets, data.too_long)
 
 
 def tokenized(recipe: Recipe, chosen: Sequence[Choice], renderer: Renderer) -> Side:
@@ -316,19 +325,35 @@ def require_known(model: CausalLM, part: Part) -> str | None:
 
     Raises UserError for a token or a position of the documents that the model has no place for.
     """
-    vocabulary = model.head.weight.shape[0]
-    for document in part.documents:
-        largest = int(document.tokens.max())
-        if largest >= vocabulary:
-            raise UserError(
-                f"{part.report.source}: row {document.row} (the first is 0) has token {largest}, but the model has "
-                f"{vocabulary}; use the tokenizer of this model"
-            )
-    longest, positions = max(part.documents, key=len), positions_of(model.hf.config)
-    if positions is None or len(longest) <= positions:
+    longest = max(part.documents, key=len)
+    largest = max(part.documents, key=lambda document: int(document.tokens.max()))
+    known = Extremes(len(longest), longest.row, int(largest.tokens.max()), largest.row)
+    return require_room(part.report.source, known, model.head.weight.shape[0], model.hf.config, lambda: model.hf)
+
+
+class Extremes(NamedTuple):
+    """The longest document's tokens and row, and the largest token and its row: the first such ones."""
+
+    longest: int
+    longest_row: int
+    largest: int
+    largest_row: int
+
+
+def require_room(
+    source: str, found: Extremes, vocabulary: int, config: PreTrainedConfig, model: Callable[[], PreTrainedModel]
+) -> str | None:
+    """``require_known`` for documents of these extremes; ``model`` is asked for only where its kind must be tried."""
+    if found.largest >= vocabulary:
+        raise UserError(
+            f"{source}: row {found.largest_row} (the first is 0) has token {found.largest}, but the model has "
+            f"{vocabulary}; use the tokenizer of this model"
+        )
+    positions = positions_of(config)
+    if positions is None or found.longest <= positions:
         return None
-    where = f"{part.report.source}: row {longest.row} (the first is 0) has {len(longest)} tokens"
-    if not takes_more_positions(model.hf):
+    where = f"{source}: row {found.longest_row} (the first is 0) has {found.longest} tokens"
+    if not takes_more_positions(model()):
         raise UserError(f"{where}, but the model has {positions} positions; set data.max_length to {positions}")
     return (
         f"{where}, more than the {positions} positions of the model's config; they are computed, not stored, so it "
@@ -352,18 +377,19 @@ def build_sampler(recipe: Recipe, loaded: Loaded, evaluation: Side, renderer: Re
     return Sampler(loaded, documents, questions, recipe.evaluation.sample_tokens)
 
 
-def build_stream(recipe: Recipe, side: Side) -> Stream:
+def build_stream(recipe: Recipe, by_source: Sequence[np.ndarray]) -> Stream:
+    """The order of a run over documents of so many tokens each, source by source."""
     train = recipe.train
     weights = (source.weight for source in sources_of(recipe))
     return Stream(
-        lengths(side.documents),
+        np.concatenate(by_source),
         train.tokens_per_step,
         train.tokens_per_micro_batch,
         train.seed,
         epochs=train.epochs,
         steps=train.steps,
         tokens=train.tokens,
-        sources=[(len(part.documents), weight) for part, weight in zip(side.parts, weights, strict=True)],
+        sources=[(len(found), weight) for found, weight in zip(by_source, weights, strict=True)],
     )
 
 

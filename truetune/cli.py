@@ -134,6 +134,35 @@ def train(
 
 
 @app.command()
+def inspect(
+    arguments: RecipeAndKeys = None,
+    rows: Annotated[
+        list[int] | None, typer.Option("--row", metavar="N", min=0, help="Show this training row; may be repeated.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", metavar="FILE", help="Write it as a self-contained HTML page as well.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show what would be trained on, token by token, without loading or training the model."""
+    recipe = _recipe(arguments or [], None)
+    from truetune import inspection
+
+    with _standard_output(json) as stream:
+        found = inspection.inspect(recipe, rows or ())
+        if page:
+            inspection.write_page(found, page)
+        if stream:
+            _print_json(stream, asdict(found))
+    if not json:
+        inspection.write(found)
+        if page:
+            typer.echo(f"\npage  {page}")
+    if found.refused:
+        raise UserError(found.refused)
+
+
+@app.command()
 def prove(arguments: RecipeAndKeys = None, quiet: Quiet = False, json: Json = False) -> None:
     """Try every promise of this program on the recipe's own model and data; takes minutes."""
     recipe = _recipe(arguments or [], None)

@@ -44,9 +44,12 @@ DEFAULT_TEMPLATE = (
 
 EMPTY, NO_TARGETS, CUT_AWAY = "empty", "no targets", "targets beyond max_length"
 WEIGHTLESS, TOO_LONG = "weight 0", "longer than max_length"
+REASONS = (EMPTY, NO_TARGETS, CUT_AWAY, WEIGHTLESS, TOO_LONG)
+"""Why a row is no document."""
 
-_KINDS = ("template", *ROLES, "prompt", "text")  # whose content a token carries; "template" is the rest
-_CODE = {kind: code for code, kind in enumerate(_KINDS)}
+KINDS = ("template", *ROLES, "prompt", "text")
+"""Whose content a token carries; "template" is the rest."""
+_CODE = {kind: code for code, kind in enumerate(KINDS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Rendered:
     tokens_by_role:  tokens of the documents by the role whose content they carry; "template" for the rest.
     targets_by_role: the same for their targets; the stop token counts with its answer.
     notes:           what had to be done to render it, or what the template added.
+    kinds:           int8 [L] per document: the place in ``KINDS`` of every token.
     """
 
     documents: tuple[Document, ...]
@@ -68,6 +72,7 @@ class Rendered:
     tokens_by_role: Counter[str] = field(default_factory=Counter)
     targets_by_role: Counter[str] = field(default_factory=Counter)
     notes: frozenset[str] = frozenset()
+    kinds: tuple[np.ndarray, ...] = ()
 
 
 class Draft(NamedTuple):
@@ -238,6 +243,7 @@ class Renderer:
     def _finish(self, drafts: list[Draft], notes: set[str]) -> Rendered:
         """Bring the drafts to their length, count, and drop what has nothing to learn."""
         documents: list[Document] = []
+        kinds: list[np.ndarray] = []
         cut, tokens, learned = [], Counter[str](), Counter[str]()
         for draft in drafts:
             lost = draft.document.targets.copy()
@@ -245,6 +251,7 @@ class Renderer:
                 part = draft.document.part(start, stop)
                 if part.target_count:
                     documents.append(part)
+                    kinds.append(draft.kinds[start:stop].astype(np.int8))
                     lost[start:stop] &= ~part.targets
                     tokens += _tally(draft.kinds[start:stop])
                     learned += _tally(draft.kinds[start:stop][part.targets])
@@ -254,7 +261,8 @@ class Renderer:
         if not documents:
             long = CUT_AWAY if self.too_long == "truncate" else TOO_LONG
             dropped = long if any(draft.document.target_count for draft in drafts) else NO_TARGETS
-        return Rendered(tuple(documents), dropped, length, np.concatenate(cut), tokens, learned, frozenset(notes))
+        away = np.concatenate(cut)
+        return Rendered(tuple(documents), dropped, length, away, tokens, learned, frozenset(notes), tuple(kinds))
 
     def _pieces(self, length: int) -> list[Span]:
         """What becomes of a document of ``length`` tokens. Pieces share one token: the last of one is the first of
@@ -326,4 +334,4 @@ def _kinds(messages: list[Message], text: str, offsets: np.ndarray) -> np.ndarra
 
 
 def _tally(kinds: np.ndarray) -> Counter[str]:
-    return Counter({_KINDS[code]: int(n) for code, n in enumerate(np.bincount(kinds)) if n})
+    return Counter({KINDS[code]: int(n) for code, n in enumerate(np.bincount(kinds)) if n})

@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +23,7 @@ from truetune.data.batch import Document
 from truetune.data.chat import Renderer
 from truetune.data.documents import Documents, lengths, spooled, stored
 from truetune.data.messages import place
-from truetune.data.rendering import Account, Shape, identity, portions
+from truetune.data.rendering import Account, Portion, Shape, identity, portions
 from truetune.data.sources import Row, Rows, canonical
 from truetune.errors import UserError
 
@@ -92,22 +92,27 @@ def tokenize(
     if cache and (found := stored(cache / key)):
         return found[0], DataReport(**found[1] | {"source": rows.name})
     account, digest = Account(), hashlib.sha256()
-    numbered = zip(map(int, rows.numbers), rows.rows, strict=True)
     with spooled(cache / key if cache else None) as spool:
-        try:
-            with closing(portions(numbered, len(rows), shape, renderer)) as made:
-                for documents, part in made:
-                    account.add(part)
-                    _digest(documents, digest)
-                    spool.add(documents)
-        except UserError as fault:
-            raise UserError(f"{rows.name}: {fault}") from fault
+        with closing(rendered(rows, shape, renderer)) as made:
+            for documents, part, _ in made:
+                account.add(part)
+                fingerprint(documents, digest)
+                spool.add(documents)
         documents = spool.done()
-        _check(rows, account, documents, renderer, cut_limit)
-        report = _report(rows, form, renderer, account, documents, digest.hexdigest())
+        targets = int(np.count_nonzero(documents.columns["targets"]))
+        require_sound(rows, account, targets, renderer, cut_limit)
+        report = report_of(rows, form, renderer, account, documents.lengths, targets, digest.hexdigest())
         if any(word in renderer.template for word in CHANGING):
             return spool.lend(documents), report
         return spool.keep(documents, asdict(report)), report
+
+
+def rendered(rows: Rows, shape: Shape, renderer: Renderer) -> Generator[Portion, None, None]:
+    """The rows' portions in their order. Raises UserError, naming the source and the row, for a row that is refused."""
+    try:
+        yield from portions(zip(map(int, rows.numbers), rows.rows, strict=True), len(rows), shape, renderer)
+    except UserError as fault:
+        raise UserError(f"{rows.name}: {fault}") from fault
 
 
 def _key(rows: Rows, shape: Shape, renderer: Renderer, cut_limit: float) -> str:
@@ -124,27 +129,28 @@ def _key(rows: Rows, shape: Shape, renderer: Renderer, cut_limit: float) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _report(
-    rows: Rows, form: str, renderer: Renderer, account: Account, documents: Documents, digest: str
+def report_of(
+    rows: Rows, form: str, renderer: Renderer, account: Account, found: np.ndarray, targets: int, digest: str
 ) -> DataReport:
-    found = documents.lengths
+    """``found``: the documents' lengths; ``targets``: of all of them; ``digest``: by ``fingerprint``."""
+    some = found if len(found) else np.zeros(1, dtype=np.int64)  # none is refused, and told of before
     return DataReport(
         source=rows.name,
         format=form,
         digest=rows.digest,
         template=renderer.template_digest if account.chat else None,
         rows=len(rows),
-        documents=len(documents),
+        documents=len(found),
         tokens=int(found.sum()),
-        targets=int(np.count_nonzero(documents.columns["targets"])),
+        targets=targets,
         truncated=account.truncated,
         targets_cut=int(account.cut.sum()),
         dropped=dict(account.dropped),
         notes=dict(account.notes),
-        shortest=int(found.min()),
-        median=float(np.median(found)),
-        mean=float(found.mean()),
-        longest=int(found.max()),
+        shortest=int(some.min()),
+        median=float(np.median(some)),
+        mean=float(some.mean()),
+        longest=int(some.max()),
         tokens_by_role=dict(account.tokens_by_role),
         targets_by_role=dict(account.targets_by_role),
         empty=account.empty,
@@ -152,9 +158,9 @@ def _report(
     )
 
 
-def _check(rows: Rows, account: Account, documents: Documents, renderer: Renderer, cut_limit: float) -> None:
-    """Raises UserError if nothing is left, if a row is too long where that is an error, or if truncation cuts too much,
-    with the least max_length that would not."""
+def require_sound(rows: Rows, account: Account, targets: int, renderer: Renderer, cut_limit: float) -> None:
+    """Raises UserError if no target is left, if a row is too long where that is an error, or if truncation cuts too
+    much, with the least max_length that would not."""
     max_length = renderer.max_length
     if renderer.too_long == "error" and account.first_too_long is not None:
         raise UserError(
@@ -163,7 +169,7 @@ def _check(rows: Rows, account: Account, documents: Documents, renderer: Rendere
             "data.too_long to truncate, drop or split"
         )
     cut = int(account.cut.sum())
-    held = cut + int(np.count_nonzero(documents.columns["targets"]))
+    held = cut + targets
     if renderer.too_long == "truncate" and cut > cut_limit * held:
         from_here = account.cut[::-1].cumsum()[::-1]  # targets that are cut from this position on
         enough = int(np.flatnonzero(from_here > int(cut_limit * held))[-1]) + 1
@@ -172,7 +178,7 @@ def _check(rows: Rows, account: Account, documents: Documents, renderer: Rendere
             f"{account.cut_rows} of {len(rows)} rows, where cut_limit allows {cut_limit:.1%}; set max_length to "
             f"{enough} or raise cut_limit"
         )
-    if not len(documents):
+    if not targets:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in account.dropped.items())
         raise UserError(f"no row of {rows.name} has anything to learn ({reasons}); give other data")
 
@@ -209,7 +215,7 @@ def _joint_digest(digests: Iterable[str]) -> str:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def _digest(documents: Documents, digest: Any) -> None:
+def fingerprint(documents: Documents, digest: Any) -> None:
     """Of what is trained: a template that prints the date, or another tokenizer, changes it though no row did."""
     for document in documents:
         digest.update(f"{len(document)}:".encode() + document.tokens.tobytes() + document.targets.tobytes())

@@ -28,11 +28,12 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from safetensors.numpy import load, save
 
-from truetune.data import formats
+from truetune.data import formats, traits
 from truetune.data.batch import Document
 from truetune.data.chat import Rendered, Renderer
 from truetune.data.documents import Documents
 from truetune.data.files import Row
+from truetune.data.formats import Example
 from truetune.errors import UserError
 
 PORTION = 256
@@ -68,15 +69,9 @@ class Account:
         if self.first_too_long is None:
             self.first_too_long = other.first_too_long
         self.longest = max(self.longest, other.longest)
-        self._cut(other.cut)
+        self.cut = added(self.cut, other.cut)
         for name in (f.name for f in fields(self) if f.name not in ("first_too_long", "longest", "cut")):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def _cut(self, counts: np.ndarray) -> None:
-        longer = np.zeros(max(len(self.cut), len(counts)), dtype=np.int64)
-        longer[: len(self.cut)] += self.cut
-        longer[: len(counts)] += counts
-        self.cut = longer
 
     def count(self, number: int, rendered: Rendered, answers: Sequence[str], chat: bool, max_length: int) -> None:
         self.chat += chat
@@ -87,7 +82,7 @@ class Account:
         self.truncated += rendered.length > max_length
         self.cut_rows += len(rendered.cut) > 0
         if len(rendered.cut):
-            self._cut(np.bincount(rendered.cut))
+            self.cut = added(self.cut, np.bincount(rendered.cut))
         if rendered.dropped is not None:
             self.dropped[rendered.dropped] += 1
         self.tokens_by_role.update(rendered.tokens_by_role)
@@ -96,27 +91,44 @@ class Account:
             self.empty += sum(not answer.strip() for answer in answers)
 
 
-Portion = tuple[Documents, Account]
+def added(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The sum of two counts by position, the shorter filled with zeros: int64."""
+    total = np.zeros(max(len(a), len(b)), dtype=np.int64)
+    total[: len(a)] += a
+    total[: len(b)] += b
+    return total
+
+
+class Portion(NamedTuple):
+    """traits: ``traits.TRAITS`` [rows], where the shape asks for them."""
+
+    documents: Documents
+    account: Account
+    traits: np.ndarray | None = None
 
 
 class Shape(NamedTuple):
-    """How rows are read: a key of ``FORMATS``, and the column of a row's weight."""
+    """How rows are read: a key of ``FORMATS``, and the column of a row's weight. traits: whether each is told of."""
 
     form: str
     weight: str | None = "weight"
+    traits: bool = False
 
 
 def render(rows: Numbered, shape: Shape, renderer: Renderer) -> Portion:
     """Raises UserError, which names the row, for the first that is not of the format or that cannot be rendered."""
     account = Account()
     documents: list[Document] = []
+    seen: list[tuple[Example, Rendered]] = []
     for number, row in rows:
         example = formats.read(shape.form, row, number, shape.weight)
         rendered = renderer.documents(example, number)
         documents += rendered.documents
+        if shape.traits:
+            seen.append((example, rendered))
         answers, chat = formats.answers(renderer.chosen(example)), renderer.as_chat(example) is not None
         account.count(number, rendered, answers, chat, renderer.max_length)
-    return Documents.of(documents), account
+    return Portion(Documents.of(documents), account, traits.table(seen, renderer) if shape.traits else None)
 
 
 def portions(
@@ -274,7 +286,8 @@ class Helper:
         columns = load(blob)
         told: dict[str, Any] = {k: Counter(v) if isinstance(v, dict) else v for k, v in header["account"].items()}
         account = Account(**told, cut=columns.pop("cut"))
-        return Documents(columns), account
+        kept = columns.pop("traits", None)
+        return Portion(Documents(columns), account, None if kept is None else kept.view(traits.TRAITS))
 
     def end(self) -> None:
         self._process.kill()
@@ -298,11 +311,13 @@ def serve() -> None:
 
 def _answer(line: bytes, shape: Shape, renderer: Renderer, answers: BinaryIO) -> None:
     try:
-        documents, account = render([tuple(pair) for pair in json.loads(line)], shape, renderer)
+        documents, account, kept = render([tuple(pair) for pair in json.loads(line)], shape, renderer)
     except UserError as fault:
         answers.write(json.dumps({"fault": str(fault)}).encode() + b"\n")
     else:
-        blob = save({**documents.columns, "cut": account.cut})
+        blob = save(
+            {**documents.columns, "cut": account.cut, **({} if kept is None else {"traits": kept.view(np.uint8)})}
+        )
         told = {name: value for name, value in vars(account).items() if name != "cut"}
         answers.write(json.dumps({"account": told, "size": len(blob)}).encode() + b"\n" + blob)
     answers.flush()

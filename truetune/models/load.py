@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -58,6 +59,36 @@ class Loaded:
     revision: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A model without its weights: where it was read from, its config and tokenizer, and what ends its answers."""
+
+    folder: Path
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+
+
+def outline(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = False
+) -> Outline:
+    """Read what there is of a model beside its weights; from the hub, these are fetched only if ``weights``.
+
+    Raises UserError when there is no such model, or its files are damaged.
+    """
+    folder = resolve(path, revision, weights)
+    with quiet(), explained(path):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            raise UserError(f"{path} holds quantised weights, which can't be trained here; name the original model")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("")  # what is wrong with its files may show only in use
+        written = (folder / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(folder) if written else GenerationConfig.from_model_config(config)
+    _require_plain_names(path, tokenizer)
+    return Outline(folder, config, tokenizer, stop_ids(tokenizer, generation, config))
+
+
 def load(
     path: str,
     *,
@@ -69,13 +100,10 @@ def load(
 
     Raises UserError when there is no such model, or when it is no causal language model.
     """
-    folder = resolve(path, revision)
+    known = outline(path, revision=revision, trust_remote_code=trust_remote_code, weights=True)
+    folder = known.folder
+    config: Any = known.config
     with quiet(), explained(path):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None):
-            raise UserError(f"{path} holds quantised weights, which can't be trained here; name the original model")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        tokenizer("")  # what is wrong with its files may show only in use
         _require_size(path, folder, config, trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -86,7 +114,6 @@ def load(
             ignore_mismatched_sizes=True,  # reported below, in a sentence
         )
     model, report = loaded
-    _require_plain_names(path, tokenizer)
     if report["mismatched_keys"]:
         name, stored, wanted = min(report["mismatched_keys"])
         raise UserError(
@@ -103,11 +130,11 @@ def load(
     model.generation_config.max_length = None
     return Loaded(
         model,
-        tokenizer,
+        known.tokenizer,
         path,
         folder,
         weights_digest(folder),
-        stop_ids(tokenizer, model),
+        known.stop_ids,
         config.dtype,
         trust_remote_code,
         revision,
@@ -131,11 +158,16 @@ def _require_size(path: str, folder: Path, config: PreTrainedConfig, trust_remot
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if layers > tensors + _SHARED_LAYERS:
         raise UserError(f"{path} asks for {layers:,} layers, but holds {tensors:,} tensors; correct its config.json")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    wanted = sum(p.numel() for p in skeleton.parameters())
+    wanted = sum(p.numel() for p in skeleton(config, trust_remote_code).parameters())
     if held and wanted > 2 * held:
         raise UserError(f"{path} asks for {wanted:,} weights, but holds {held:,}; get weights and config of one model")
+
+
+def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config, without memory for its weights."""
+    with quiet(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
 
 
 @torch.no_grad()
@@ -157,18 +189,23 @@ def require_causal(model: PreTrainedModel) -> None:
         )
 
 
-def resolve(path: str, revision: str | None = None) -> Path:
-    """The local folder that ``path`` stands for: itself, an unpacked GGUF, or a snapshot from the hub."""
+def resolve(path: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The local folder that ``path`` stands for: itself, an unpacked GGUF, or a snapshot from the hub.
+
+    weights: whether a snapshot has to hold them.
+    """
     if local := find(path, revision):
         return _unpacked(local) if local.suffix == ".gguf" else local
     with explained(f"{path}, which is no folder here, from the hub"):
-        patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.py"]
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> frozenset[int]:
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig, config: PreTrainedConfig
+) -> frozenset[int]:
     found: set[int] = set()
-    for value in (tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id):
+    for value in (tokenizer.eos_token_id, generation.eos_token_id, config.get_text_config().eos_token_id):
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token) is int for token in ids):
             raise UserError(

@@ -92,7 +92,7 @@ def conservation(ground: Ground) -> Verdict:
     both = {key for part in ground.job.train.parts for row in part.rows.rows if (key := canonical(row)) in held_out}
     if both:
         faults.append(f"{len(both)} rows are both trained on and held out")
-    planned = replace(ground.trainer, stream=build_stream(ground.asked, ground.job.train))
+    planned = replace(ground.trainer, stream=build_stream(ground.asked, ground.job.train.lengths))
     weights = [source.weight for source in sources_of(ground.asked)]
     faults += _order(planned, list(zip(ground.job.train.by_source.values(), weights, strict=True)))
     steps, labels = _labels(planned, faults)

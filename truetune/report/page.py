@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache, partial
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from truetune.report import facts
@@ -50,9 +50,9 @@ def render(run: Run) -> str:
 
 @cache
 def template(name: str) -> Template:
-    """A template of this folder, strict and escaping."""
+    """A template of this folder or of inspection's, strict and escaping."""
     environment = Environment(
-        loader=PackageLoader("truetune.report", "."),
+        loader=ChoiceLoader([PackageLoader(f"truetune.{package}", ".") for package in ("report", "inspection")]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -62,6 +62,7 @@ def template(name: str) -> Template:
         "number": facts.number,
         "percent": facts.percent,
         "count": facts.count,
+        "clean": clean,
         "excerpt": partial(clean, limit=_SAMPLE),
     }
     return environment.get_template(name)

@@ -227,9 +227,10 @@ def numbered(rows: Rows, portion: int = 16) -> list[rendering.Numbered]:
 def test_processes_make_the_same_portions_in_their_order(make_tokenizer: Any, rendered: list[int]) -> None:
     rows, short = chats(150), renderer(make_tokenizer, 45)
     rows.rows[40]["odd"] = {1: "no JSON"}  # type: ignore[index]  # a key that JSON would make text
-    expected = [rendering.render(portion, CHATS, short) for portion in numbered(rows)]
+    told = CHATS._replace(traits=True)
+    expected = [rendering.render(portion, told, short) for portion in numbered(rows)]
     rendered.clear()
-    with rendering.Processes(2, CHATS, short) as processes:
+    with rendering.Processes(2, told, short) as processes:
         made = list(processes.map(iter(numbered(rows))))
         assert rendered == [16]  # the portion with the odd row
         with pytest.raises(UserError, match=r"^row 70 \(the first is 0\): messages\[1\].content is empty"):
@@ -239,11 +240,12 @@ def test_processes_make_the_same_portions_in_their_order(make_tokenizer: Any, re
         with pytest.raises(UserError, match="a process that tokenises ended before its rows were done; see what"):
             list(processes.map(iter(numbered(chats(9)))))
     assert all(helper._process.returncode is not None for helper in processes._helpers)
-    assert sum(account.truncated for _, account in made) > 0
-    for (found, account), (wanted, other) in zip(made, expected, strict=True):
+    assert sum(portion.account.truncated for portion in made) > 0
+    for (found, account, traits), (wanted, other, expected_traits) in zip(made, expected, strict=True):
         assert_same(found, wanted)
         assert account.cut.tolist() == other.cut.tolist()
         assert {**vars(account), "cut": 0} == {**vars(other), "cut": 0}
+        assert traits is not None and np.array_equal(traits, expected_traits)
 
 
 class Here:
