@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
 TOLERANCE = 1e-3
+COLUMNS = {"messages": "messages", "prompt-completion": "prompt", "text": "text"}
+"""The formats of rows that are known here, and the column that each is told by."""
 warnings.simplefilter("ignore", FutureWarning)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -95,6 +97,9 @@ def compared(name: str, said: float, model: Any, documents: list[Spans], dtype: 
 def beyond(facts: dict, rows: list[dict]) -> str:
     """What the run did that this verifier does not know how to do; nothing if it knows all."""
     data = facts["recipe"]["data"]
+    if facts["model"].get("adapter_from"):
+        return "it trained an earlier adapter further"
+    formats = {form for side in ("train", "evaluation") for form in facts["data"][side]["format"].split(", ")}
     if any(data.get(key) not in (None, known) for key, known in (("targets", "assistant"), ("too_long", "truncate"))):
         return "it set data.targets or data.too_long"
     if any(
@@ -105,9 +110,12 @@ def beyond(facts: dict, rows: list[dict]) -> str:
     ):
         return "its chat template needed more than a plain rendering"
     for row in rows:
+        guess = next((form for form, column in COLUMNS.items() if column in row), None)
+        if guess not in formats or formats - COLUMNS.keys():
+            return "its rows have a format that is not known here"
         turns = row.get("messages") or []
-        if not {"messages", "text", "prompt"} & row.keys() or row.get("tools") or row.get(data.get("weight_column")):
-            return "its rows have a format, tools or weights that are not known here"
+        if row.get("tools") or row.get(data.get("weight_column")):
+            return "its rows declare tools or have weights"
         if any(turn.get("tool_calls") or turn.get("weight") is not None for turn in turns):
             return "its rows call tools or have weights"
     return ""
@@ -140,13 +148,13 @@ def main(run: Path) -> int:
     sources: list[str | None] = []
     for name in ("evaluation", "first_step"):
         rows = [json.loads(line) for line in (run / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
-        pairs = [document(tokenizer, row, stops) for row in rows]
         if name == "evaluation":
             sources = [row.get("truetune.source") for row in rows]  # told where there are several
-        sets[name] = [(ids[:longest], targets[:longest]) for ids, targets in pairs]
         if missing := beyond(facts, rows):
             print(f"{run}: cannot be recomputed here: {missing}")
             return 2
+        pairs = [document(tokenizer, row, stops) for row in rows]
+        sets[name] = [(ids[:longest], targets[:longest]) for ids, targets in pairs]
     held_out = sets["evaluation"]
     counts = [
         ("held-out tokens", before["tokens"], sum(len(i) for i, _ in held_out)),

@@ -143,6 +143,11 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
     if isinstance(model.model, PeftModel) and (reach := coverage(model.model)).experts:
         notes.append(str(reach))
     stream = build_stream(recipe, train.lengths)
+    notes += [
+        f"less than one row of {part.name} is trained on in this run; raise its weight"
+        for part, source in zip(train.parts, sources_of(recipe), strict=True)
+        if source.weight * len(part.documents) * stream.epochs < 0.5
+    ]
     steps = len(stream)
     shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options)
     optimizer = registry.bind("optimizer", OPTIMIZERS, recipe.optimizer.name, recipe.optimizer.options)
@@ -206,6 +211,8 @@ def choose_rows(recipe: Recipe) -> tuple[list[Choice], list[Choice]]:
     held_out, seed, chosen = recipe.evaluation, recipe.train.seed, sources_of(recipe)
     train = [sources.load(part.source, part.split) for part in chosen]
     names = sources.distinct([(part.source, part.split) for part in chosen])
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"data.sources has {twice} twice, in two spellings; name it once, and raise its weight")
     shapes = [part.format for part in chosen]
     if held_out.source:
         other = sources.load(held_out.source, held_out.split or "train")

@@ -381,7 +381,7 @@ def _recipe(arguments: Sequence[str], resume: Path | None) -> Recipe:
 
     recipe = _read_recipe(arguments, resume)
     find(recipe.model.path, recipe.model.revision)
-    for source in (recipe.data.source, recipe.evaluation.source):
+    for source in (recipe.data.source, *(part.source for part in recipe.data.sources), recipe.evaluation.source):
         if source:
             kind(source)
     return recipe

@@ -206,12 +206,23 @@ def require_same_run(facts: Facts, job: Job) -> None:
                 f"the {side} data has other tokens than when the run began; restore the tokenizer and its chat "
                 "template, or start a new run if they print what changes, such as the date"
             )
+    require_same_adapter(facts, job)
     then, here = facts.values["model"]["precision"], model_facts(job)["precision"]
     if then != here:
         name = {"float32": "fp32", "bfloat16": "bf16"}.get(then, then)
         raise UserError(
             f"the run began in {then} and would go on in {here}; write model.precision: {name} into "
             f"{facts.file.with_name('recipe.yaml')}"
+        )
+
+
+def require_same_adapter(facts: Facts, job: Job) -> None:
+    """Raise UserError unless the adapter has the shape, the scaling and the start that the run began with."""
+    here = json.loads(json.dumps(model_facts(job)))
+    if any(facts.values["model"].get(key) != here[key] for key in ("lora", "adapter_from")):
+        raise UserError(
+            f"the adapter is another than when the run began; restore {facts.file.with_name('recipe.yaml')} and the "
+            "adapter that it starts from, or start a new run"
         )
 
 

@@ -73,7 +73,7 @@ class Source(Part):
     split: str = Field("train", description="split of the source")
     format: Format = Field("auto", description=FORMAT)
     rows: int | None = Field(None, gt=0, description="use only the first rows")
-    weight: float = Field(1.0, gt=0, le=1000, description="how many times an epoch has each of its rows")
+    weight: float = Field(1.0, ge=0.001, le=1000, description="how many times an epoch has each of its rows")
 
 
 class Data(Part):

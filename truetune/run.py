@@ -25,7 +25,7 @@ from truetune import spelling
 from truetune.assembly import Job, assemble, pick_device, pick_dtype, require_space
 from truetune.data.template import bounded, render
 from truetune.errors import UserError
-from truetune.facts import Facts, moved, now, require_same_base, require_same_run, this_process
+from truetune.facts import Facts, moved, now, require_same_adapter, require_same_base, require_same_run, this_process
 from truetune.hints import next_commands
 from truetune.models.adapter import base_of, with_adapter
 from truetune.models.export import Export, place_of, writer_of
@@ -400,6 +400,7 @@ def export(folder: Path, kind: str, to: Path | None = None) -> Export:
         raise UserError(f"{to} already holds something; name another folder with --to")
     job = assemble(spelling.read(str(folder / "recipe.yaml")), folder)
     require_same_base(facts, job)
+    require_same_adapter(facts, job)
     checkpoints = job.trainer.checkpoints
     assert checkpoints
     step, refused = checkpoints.newest()

@@ -24,7 +24,7 @@ def run(my_model: Path, my_data: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_run_ends_with_the_file_and_with_what_to_do(run: tuple[Path, str]) -> None:
     folder, printed = run
-    file, modelfile = folder / "gguf" / "model-q8_0.gguf", folder / "gguf" / "Modelfile"
+    file, modelfile = folder / "gguf-q8_0" / "model-q8_0.gguf", folder / "gguf-q8_0" / "Modelfile"
     assert file.is_file() and "gguf-q8_0" in printed
     export = {e["kind"]: e for e in facts(folder)["exports"]}["gguf-q8_0"]
     assert export["passed"] and 0 < export["difference"] <= export["bound"]

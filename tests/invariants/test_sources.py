@@ -44,6 +44,22 @@ def run(my_model: Path, two: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder, result.stdout
 
 
+def test_one_file_in_two_spellings_is_refused(my_model: Path, two: Path, tmp_path: Path) -> None:
+    twice = f"data.sources=[{{source: '{two}/chats.jsonl'}}, {{source: '{two}/./chats.jsonl'}}]"
+    result = invoke("train", *arguments(my_model, two, tmp_path / "out")[:-1], twice)
+    assert result.exit_code == 2 and "data.sources has chats.jsonl (train) twice, in two spellings" in result.stderr
+
+
+def test_a_source_of_which_no_row_is_trained_on_is_told(my_model: Path, two: Path, tmp_path: Path) -> None:
+    rare = f"data.sources=[{{source: '{two}/chats.jsonl', weight: 0.01}}, {{source: '{two}/texts.json'}}]"
+    folder = tmp_path / "out"
+    result = invoke("train", *arguments(my_model, two, folder, "train.steps=none", "train.epochs=1")[:-1], rare)
+    assert result.exit_code == 0, result.output
+    assert facts(folder)["model"]["notes"] == [
+        "less than one row of chats.jsonl is trained on in this run; raise its weight"
+    ]
+
+
 def test_each_source_has_its_loss_and_its_account(run: tuple[Path, str]) -> None:
     folder, said = run
     told = [r for r in records(folder) if r["kind"] == "evaluation"]

@@ -154,6 +154,11 @@ def change_rank(_: Path) -> None:
     file.write_text(file.read_text().replace("rank: 4", "rank: 8"))
 
 
+def change_scaling(_: Path) -> None:
+    file = Path("out/recipe.yaml")
+    file.write_text(file.read_text().replace("rank: 4", "rank: 4\n  rslora: true"))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -162,7 +167,8 @@ def change_rank(_: Path) -> None:
         (change_template, "the train data has other tokens .*; restore the tokenizer"),
         (lose_checkpoints, "holds no intact checkpoint; start the run again"),
         (damage_all, r"holds no intact checkpoint \(.*step-00000005 .*; start the run again"),
-        (change_rank, "has another shape in the checkpoint; resume with its recipe"),
+        (change_rank, "the adapter is another than when the run began; restore .*recipe.yaml"),
+        (change_scaling, "the adapter is another than when the run began; restore .*recipe.yaml"),
     ],
 )
 def test_what_cannot_be_resumed_is_one_sentence(stopped: Stopped, change: Callable[[Path], None], says: str) -> None:
@@ -172,6 +178,6 @@ def test_what_cannot_be_resumed_is_one_sentence(stopped: Stopped, change: Callab
     assert result.exit_code == 2 and re.fullmatch(r"error: [^\n]+\n", result.stderr)
     assert re.search(says, result.stderr), result.stderr
     assert before == {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
-    if change is change_base:
+    if change in (change_base, change_scaling):
         refused = invoke("export", "out", "--merged")
-        assert refused.exit_code == 2 and "base model has changed" in refused.stderr
+        assert refused.exit_code == 2 and re.search(says, refused.stderr)

@@ -200,17 +200,20 @@ def parity(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> 
     terms, router = trainer.objective(model, batch), trainer.objective.router
     plain: list[Tensor] = []
     balance = 0.0
+    weights = (batch.labels != IGNORE).float() if batch.weights is None else batch.weights
+    columns = (column.split(batch.lengths) for column in (batch.tokens, batch.labels, weights))
     with model.as_published("eager") as hf, unfused(hf), model.autocast():
-        for tokens, labels in zip(batch.tokens.split(batch.lengths), batch.labels.split(batch.lengths), strict=True):
+        for tokens, labels, weight in zip(*columns, strict=True):
             out = hf(input_ids=tokens[None], use_cache=False, **({"output_router_logits": True} if router else {}))
             logits, chosen = out.logits[0].float(), labels != IGNORE
             plain.append(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")[chosen])
             if router:
-                balance += router.coefficient * float(out.aux_loss * chosen.sum())
+                balance += router.coefficient * float(out.aux_loss * weight.sum())
     theirs = torch.cat(plain).double()
     pairs = {"loss": (float(terms.losses.double().mean()), float(theirs.mean()))}
     if terms.router is not None:
-        pairs["router loss"] = (float(terms.router) / len(theirs), balance / len(theirs))
+        count = trainer.objective.count(batch)
+        pairs["router loss"] = (float(terms.router) / count, balance / count)
     bound = LOSS_BOUND[model.dtype]
     advice = "this model is not computed rightly here; please report it with its config"
     verdicts = []

@@ -112,8 +112,8 @@ def export_whole(
 
 
 def place_of(folder: Path, kind: str) -> Path:
-    """Where an export of the run ``folder`` stands; GGUF files of all types share a place."""
-    return folder / kind.partition("-")[0]
+    """Where an export of the run ``folder`` stands."""
+    return folder / kind
 
 
 def writer_of(kind: str) -> Callable[..., Export]:

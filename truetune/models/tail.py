@@ -72,7 +72,7 @@ def _find_decoder(model: PreTrainedModel, head: nn.Module) -> nn.Module:
         for hook in hooks:
             hook.remove()
     for module in model.modules():
-        if module in outputs and read and torch.equal(outputs[module], read[-1]):
+        if module in outputs and read and torch.equal(outputs[module].to(read[-1].dtype), read[-1]):
             return module
     raise UserError(
         f"{type(model).__name__} changes the hidden state between its decoder and its output layer in a way "

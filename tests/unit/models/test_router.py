@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from folders import facts, invoke, keys, records, write_model
@@ -83,6 +85,12 @@ def test_the_preflight_misses_one_that_is_computed_otherwise(monkeypatch: pytest
     assert [v.name for v in parity(trainer.model, trainer, documents) if not v.passed] == [
         "router loss equals plain Hugging Face"
     ]
+
+
+def test_weights_weigh_it_in_the_preflight_too() -> None:
+    documents = [replace(d, weights=np.where(d.targets, 0.5 + d.row % 3, 0).astype("f4")) for d in random_documents(20)]
+    trainer = tiny_trainer(wrap(tiny("mixtral balanced")), documents)
+    assert [v.name for v in parity(trainer.model, trainer, probe_documents(trainer)) if not v.passed] == []
 
 
 def test_a_run_reports_it_beside_the_loss(tmp_path: Path, my_data: Path) -> None:
