@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and tests send it
 settings.register_profile("truetune", deadline=None)  # how long an example takes is no property of the code
 settings.load_profile("truetune")
 

@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -109,7 +108,6 @@ def tested(place: Path, tests: list[str]) -> str:
         *APART,
         *tests,
     ]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and tests send it
     environment = os.environ | {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(

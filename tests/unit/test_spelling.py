@@ -395,7 +395,7 @@ def test_a_fault_in_a_list_of_parts_has_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (["data.sources=[{source: a, weight: 0}]"], r"data.sources\[0\].weight is 0, but must be greater than 0"),
+        (["data.sources=[{source: a, weight: 0}]"], r"data.sources\[0\].weight is 0, but must be .* 0.001"),
         (["data.sources=[{weight: 1}]"], r"data.sources\[0\].source is missing \(python-docs, .*add"),
         (["data.sources=[a]"], r"data.sources\[0\] is a section; write its keys under it \(source, split"),
         (["data.sources=[{source: a}, {source: a}]"], r"data.sources has a \(train\) twice; name it once"),
