@@ -7,6 +7,7 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,12 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command; its line in a list of commands is whole, where click would cut it to fit one line."""
         command = super().get_command(ctx, cmd_name)
-        if command is not None and command.help:
+        if command is None:
+            known = self.list_commands(ctx)
+            meant = difflib.get_close_matches(cmd_name, known, n=1)
+            guess = f"did you mean {meant[0]!r}? " if meant else ""
+            raise UserError(f"there is nothing called {cmd_name}; {guess}choose among: {', '.join(known)}")
+        if command.help:
             command.short_help = command.help.partition("\n")[0]
         return command
 

@@ -17,10 +17,11 @@ from peft import LoraConfig, PeftModel
 
 import truetune
 from truetune import versions
-from truetune.assembly import Job, sources_of
+from truetune.assembly import Job
 from truetune.errors import UserError
 from truetune.models.adapt import START
 from truetune.models.adapter import provenance
+from truetune.rows import sources_of
 from truetune.training.patience import patiently, write_text
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")

@@ -186,6 +186,7 @@ class Checkpoint(Part):
     """What is saved on the way."""
 
     every: int | None = Field(None, gt=0, description="steps between checkpoints; default: four in a run")
+    minutes: float = Field(30.0, gt=0, description="minutes after which a step is saved in any case")
     keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
     keep_best: bool = Field(True, description="end with the weights of the best evaluation")
 

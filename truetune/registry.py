@@ -135,7 +135,7 @@ def and_more(found: Sequence[str]) -> str:
 
 def _import(kind: str, name: str) -> Callable[..., Any]:
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        raise UserError(f'{kind} "{name}" is not of the form module:attribute; write it so')
+        raise UserError(f'{kind} "{name}" is not of the form module:attribute; write it so, without .py')
     module_name, _, attribute = name.partition(":")
     try:
         module = import_module(module_name)

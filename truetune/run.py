@@ -73,7 +73,7 @@ def train(
         require_space(job, folder)
     if reason := job.trainer.model.route.reason:
         tell("slow", f"documents run one at a time; packed they would not be apart ({reason})")
-    for note in job.notes:
+    for note in (*job.notes, *job.train.notes):
         tell("note", note)
     with _refusals_explained(folder):
         if facts:
@@ -81,6 +81,8 @@ def train(
         else:
             facts = _begin(job, folder, command)
         try:
+            if not resume:
+                patiently(lambda: _write_rows(job, folder), folder / "data")
             tell("checking", "gradients, movement, the loss, and that documents stay apart")
             _run(job, folder, facts, dry_run, quiet, records)
         except Interrupted as stop:
@@ -95,9 +97,7 @@ def train(
 def _begin(job: Job, folder: Path, command: str | None) -> Facts:
     _create(folder)
     patiently(lambda: spelling.write(anchored(job.recipe), folder / "recipe.yaml"), folder)
-    facts = Facts.start(folder, job, command)
-    patiently(lambda: _write_rows(job, folder), folder / "data")
-    return facts
+    return Facts.start(folder, job, command)
 
 
 def _run(job: Job, folder: Path, facts: Facts, dry_run: bool, quiet: bool, records: TextIO | None) -> None:

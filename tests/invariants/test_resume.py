@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import random_documents, tiny, tiny_trainer, wrap
@@ -91,6 +95,18 @@ def test_a_stop_is_saved_at_the_boundary(tmp_path):
     assert isinstance(seen[-1], Saved)
     assert (seen[-1].step, seen[-1].reason) == (3, "interrupted")
     assert trainer.checkpoints.newest() == (3, [])
+
+
+def test_a_long_time_without_a_save_ends_in_one(tmp_path, monkeypatch):
+    trainer = trainer_in(tmp_path, "lora")
+    trainer.save_every, trainer.keep_best, trainer.save_minutes = None, False, 30
+    clock = itertools.count(0, 60)  # a minute from one look to the next
+    monkeypatch.setattr(
+        "truetune.training.trainer.time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    )
+    trainer._saved = -28 * 60
+    saved = [r for r in trainer.steps() if isinstance(r, Saved)]
+    assert [(r.step, r.reason) for r in saved] == [(3, "time"), (STEPS, "end")]
 
 
 def test_optimizer_state_matters(tmp_path):

@@ -12,8 +12,9 @@ import pytest
 from folders import chats, facts, invoke, keys, records, same_file, write_rows
 
 from truetune import spelling
-from truetune.assembly import assemble, choose_rows
+from truetune.assembly import assemble
 from truetune.data.sources import canonical
+from truetune.rows import choose_rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import verify_run

@@ -19,7 +19,6 @@ import torch
 from folders import invoke, keys, write_model
 
 from truetune import promises, run, spelling
-from truetune.assembly import Side
 from truetune.data import stream as streams
 from truetune.data.batch import IGNORE, Batch
 from truetune.data.dataset import DataReport
@@ -29,6 +28,7 @@ from truetune.models import adapt, export, route
 from truetune.objectives.next_token import NextToken
 from truetune.promises import PROMISES, crash, gradients
 from truetune.promises.ground import Ground
+from truetune.rows import Side
 from truetune.training import checkpoint, trainer
 from truetune.training.checkpoint import Checkpoints
 from truetune.training.trainer import Trainer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from folders import invoke
@@ -12,7 +12,7 @@ from folders import invoke
 from truetune import choices
 from truetune.data.formats import FORMATS
 from truetune.optim import OPTIMIZERS
-from truetune.recipe import Recipe
+from truetune.recipe import Format, Recipe
 from truetune.schedules import SCHEDULES
 from truetune.spelling import SECTIONS, ready
 
@@ -77,3 +77,7 @@ def test_the_schema_describes_every_key_and_lists_what_may_be_chosen() -> None:
     assert schema["$defs"]["Adapter"]["properties"]["method"]["enum"] == ["lora", "full"]
     assert all(value.get("description") or "$ref" in json.dumps(value) for value in schema["properties"].values())
     assert set(schema["properties"]) == set(Recipe.model_fields)
+
+
+def test_every_format_can_be_named_in_a_recipe() -> None:
+    assert set(get_args(Format)) == {"auto", *FORMATS}

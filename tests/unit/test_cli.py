@@ -87,6 +87,14 @@ def test_train_needs_no_recipe_if_keys_suffice(calls: list[tuple[Any, ...]]) -> 
     assert calls == [("train", spelling.read(None, keys), None, False)]
 
 
+@pytest.mark.parametrize(("typed", "one"), [(("trian",), "train"), (("show", "recepies"), "recipes")], ids=str)
+def test_what_is_no_command_is_one_sentence(typed: tuple[str, ...], one: str) -> None:
+    result = invoke(*typed)
+    assert result.exit_code == 2 and re.fullmatch(
+        rf"error: there is nothing called {typed[-1]}; .*\b{one}\b.*\n", result.stderr
+    )
+
+
 def test_resume_takes_the_recipe_of_the_run(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
     recipe = spelling.read(None, ["model.path=m", "data.source=s", "train.steps=9"])
     spelling.write(recipe, tmp_path / "recipe.yaml")
@@ -171,7 +179,7 @@ def test_a_terminal_that_cannot_spell_a_name_gets_a_question_mark(monkeypatch: p
 
 BAD = [
     ([], "Usage"),
-    (["trian"], "Did you mean 'train'?"),
+    (["trian"], "did you mean 'train'?"),
     (["train", "--dryrun"], "--dry-run"),
     (["train"], "command line: model.path is missing"),
     (["train", "quikstart"], '(did you mean "quickstart"?)'),
@@ -192,7 +200,7 @@ BAD = [
     (["generate", "runs/a", "--prompt", "x", "--max-tokens", "0"], "--max-tokens"),
     (["export", "runs/a", "--megred"], "--merged"),
     (["report"], "Missing argument"),
-    (["show", "optimisers"], "Did you mean 'optimizers'?"),
+    (["show", "optimisers"], "did you mean 'optimizers'?"),
     (["show", "recipe", "quikstart"], '(did you mean "quickstart"?)'),
     (["show", "recipe", "quickstart", "train.steps=x"], "must be an integer"),
     (["show", "checkpoints", "missing"], "missing has no folder of checkpoints"),

@@ -229,7 +229,7 @@ make quickstart PYTHON=python3.11
 '''python
 # halving.py
 def halving(total: int, *, minimum: float = 0.0):
-    return lambda step: 0.5 ** step + minimum
+    return lambda step: max(0.5 ** step, minimum)
 '''
 
 1. In a list:

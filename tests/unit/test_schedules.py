@@ -98,3 +98,15 @@ def test_a_step_outside_the_run_has_no_rate(name: str, step: int) -> None:
 def test_impossible_options_are_refused(build: Callable[[], Schedule], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build()
+
+
+@pytest.mark.parametrize("bad", [1.5, -0.1, float("nan"), float("inf")])
+def test_every_factor_is_looked_at_before_the_run(bad: float) -> None:
+    """Only the last of the steps after the warm-up is wrong."""
+    with pytest.raises(UserError, match=rf"step 7 of 7 after the warm-up the factor {bad:g}; keep factors"):
+        with_warmup(lambda total: lambda t: bad if t == total - 1 else 1.0, 10, 3)
+
+
+def test_a_schedule_that_is_no_function_of_the_step() -> None:
+    with pytest.raises(UserError, match="the schedule is a float; return a function of the step"):
+        with_warmup(lambda total: 1 / total, 10, 3)  # type: ignore[arg-type,return-value]

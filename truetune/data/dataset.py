@@ -64,7 +64,7 @@ class DataReport:
     document_digest: str
 
 
-DOCUMENTS = 1
+DOCUMENTS = 2
 """Version of what makes documents of rows: raise it when the same rows would become others."""
 CHANGING = ("strftime_now", "random", "lipsum")
 """Words in a chat template that may render the same row otherwise another day; others that hold them pay for it."""
@@ -112,7 +112,7 @@ def rendered(rows: Rows, shape: Shape, renderer: Renderer) -> Generator[Portion,
     try:
         yield from portions(zip(map(int, rows.numbers), rows.rows, strict=True), len(rows), shape, renderer)
     except UserError as fault:
-        raise UserError(f"{rows.name}: {fault}") from fault
+        raise UserError(f"{rows.source}: {fault}") from fault
 
 
 def _key(rows: Rows, shape: Shape, renderer: Renderer, cut_limit: float) -> str:
@@ -164,7 +164,7 @@ def require_sound(rows: Rows, account: Account, targets: int, renderer: Renderer
     max_length = renderer.max_length
     if renderer.too_long == "error" and account.first_too_long is not None:
         raise UserError(
-            f"{rows.name}: {place(account.first_too_long)} is one of {account.truncated} with more than "
+            f"{rows.source}: {place(account.first_too_long)} is one of {account.truncated} with more than "
             f"{max_length} tokens, which data.too_long calls an error; set data.max_length to {account.longest}, or "
             "data.too_long to truncate, drop or split"
         )
@@ -174,9 +174,9 @@ def require_sound(rows: Rows, account: Account, targets: int, renderer: Renderer
         from_here = account.cut[::-1].cumsum()[::-1]  # targets that are cut from this position on
         enough = int(np.flatnonzero(from_here > int(cut_limit * held))[-1]) + 1
         raise UserError(
-            f"max_length {max_length} would cut {cut / held:.1%} of the target tokens of {rows.name}, in "
-            f"{account.cut_rows} of {len(rows)} rows, where cut_limit allows {cut_limit:.1%}; set max_length to "
-            f"{enough} or raise cut_limit"
+            f"data.max_length {max_length} would cut {cut / held:.1%} of the target tokens of {rows.name}, in "
+            f"{account.cut_rows} of {len(rows)} rows, where data.cut_limit allows {cut_limit:.1%}; set "
+            f"data.max_length to {enough} or raise data.cut_limit"
         )
     if not targets:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in account.dropped.items())

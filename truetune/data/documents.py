@@ -38,8 +38,8 @@ PER_TOKEN = ("tokens", "targets", "weights")
 MANIFEST, REPORT = "manifest.json", "report.json"
 MEMORY = 1 << 20
 """Tokens above which documents go to disk."""
-_STALE = 86_400
-"""Seconds after which what a killed process left half written is removed."""
+_STALE, _UNUSED = 86_400, 30 * 86_400
+"""Seconds after which what a killed process left half written is removed, and a store that nobody has read."""
 
 
 class Documents(Sequence[Document]):
@@ -148,6 +148,7 @@ def stored(folder: Path) -> tuple[Documents, dict[str, Any]] | None:
         files = json.loads((folder / MANIFEST).read_bytes())
         if set(files) != {*COLUMNS, REPORT} or any(_seal(folder / name) != files[name] for name in files):
             return None
+        (folder / MANIFEST).touch()
         return _mapped(folder), json.loads((folder / REPORT).read_bytes())
     except (OSError, ValueError, TypeError):
         return None
@@ -189,9 +190,7 @@ class Spool:
     def _write(self, folder: Path) -> None:
         if self._scratch is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            for old in folder.parent.glob(".*"):
-                if old.stat().st_mtime < time.time() - _STALE:
-                    shutil.rmtree(old, ignore_errors=True)
+            self._tidy(folder.parent)
             self._scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
         some = Documents.joined(self._waiting)
         weighed = self._weighed or some.weighed
@@ -204,6 +203,13 @@ class Spool:
             with (self._scratch / name).open("ab") as file:
                 (some.weights if name == "weights" and weighed else some.columns[name]).tofile(file)
         self._waiting, self._tokens = [], 0
+
+    @staticmethod
+    def _tidy(cache: Path) -> None:
+        for pattern, age in ((".*", _STALE), (f"*/{MANIFEST}", _UNUSED)):
+            for found in cache.glob(pattern):
+                if found.stat().st_mtime < time.time() - age:
+                    shutil.rmtree(found.parent if found.name == MANIFEST else found, ignore_errors=True)
 
     def done(self) -> Documents:
         """All documents that were added."""

@@ -104,14 +104,26 @@ def read(form: str, row: Row, number: int, weight: str | None = "weight") -> Exa
     """
     missing = [c for c in FORMATS[form].columns if c not in row]
     if missing:
-        refuse(number, f"the column {missing[0]} is missing", "every row needs the columns of the first")
+        need = f"every row of {form} needs {', '.join(FORMATS[form].columns)}"
+        refuse(number, f"the column {missing[0]} is missing", f"{need}; see data.format and truetune show formats")
     example = FORMATS[form].read(row, number)
     if declared := tools(row.get("tools"), number):
         if not isinstance(example, Conversation):
             refuse(number, f"it declares tools, which {form} does not show to the model", "remove them")
         example = replace(example, tools=declared)
-    value = None if weight is None else row.get(weight)
+    value = given_weight(row, weight)
     return example if value is None else _times(example, weight_of(value, str(weight), number), number)
+
+
+def given_weight(row: Row, weight: str | None) -> Any:
+    """What a row has in the column of its weight, a number where text spells one, as in a CSV; None for nothing."""
+    value = None if weight is None else row.get(weight)
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value) if value else None
+    except ValueError:
+        return value
 
 
 def _times(example: Example, factor: float, number: int) -> Example:

@@ -122,6 +122,8 @@ def render(rows: Numbered, shape: Shape, renderer: Renderer) -> Portion:
     seen: list[tuple[Example, Rendered]] = []
     for number, row in rows:
         example = formats.read(shape.form, row, number, shape.weight)
+        if formats.given_weight(row, shape.weight) is not None:
+            account.notes[f"weighed in the loss by their column {shape.weight}"] += 1
         rendered = renderer.documents(example, number)
         documents += rendered.documents
         if shape.traits:

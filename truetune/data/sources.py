@@ -51,17 +51,19 @@ class Rows:
     rows:           in memory (a list), or read when they are asked for (``files.Stored``).
     numbers:        of each row in its source, from 0: what faults and reports call it by.
     held_out_split: the source's own held-out split, other than this one, if it has any.
+    source:         what the rows were called before some were left out: that by which their numbers hold.
     """
 
     rows: Sequence[Row]
     name: str
     numbers: Sequence[int] | np.ndarray
     held_out_split: str | None = None
+    source: str = ""
 
     @classmethod
     def of(cls, rows: Iterable[Row], name: str, held_out_split: str | None = None) -> Rows:
         kept = rows if isinstance(rows, Stored) else list(rows)
-        return cls(kept, name, range(len(kept)), held_out_split)
+        return cls(kept, name, range(len(kept)), held_out_split, source=name)
 
     @cached_property
     def digest(self) -> str:
@@ -76,7 +78,7 @@ class Rows:
         places = list(places)
         rows = Picked(self.rows, places) if isinstance(self.rows, Stored) else [self.rows[i] for i in places]
         numbers = np.asarray(self.numbers)[places]
-        return Rows(rows, name or self.name, numbers, held_out_split)
+        return Rows(rows, name or self.name, numbers, held_out_split, self.source)
 
     def __len__(self) -> int:
         return len(self.rows)

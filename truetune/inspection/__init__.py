@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import truetune
-from truetune.assembly import build_renderer, choose_rows, require_room
+from truetune.assembly import require_room
 from truetune.data.chat import Renderer
 from truetune.data.dataset import require_sound
 from truetune.errors import UserError
@@ -22,6 +22,7 @@ from truetune.inspection.terminal import write
 from truetune.inspection.walk import Walk, walk
 from truetune.models.load import Outline, outline, skeleton
 from truetune.recipe import Recipe
+from truetune.rows import build_renderer, choose_rows
 
 __all__ = ["Inspection", "inspect", "write", "write_page"]
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from truetune.assembly import build_stream, sources_of
 from truetune.data import near, template
 from truetune.data.chat import REASONS, Renderer
 from truetune.data.rendering import added
@@ -31,6 +30,7 @@ from truetune.inspection.facts import (
 )
 from truetune.inspection.walk import Walk
 from truetune.recipe import Recipe
+from truetune.rows import build_stream, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from truetune.assembly import Choice, Extremes
+from truetune.assembly import Extremes
 from truetune.data import dataset, formats
 from truetune.data.chat import Renderer
 from truetune.data.dataset import DataReport
@@ -23,6 +23,7 @@ from truetune.data.sources import Rows
 from truetune.data.traits import TRAITS
 from truetune.errors import UserError
 from truetune.inspection.facts import Tally
+from truetune.rows import Choice
 
 _NONE = Extremes(0, 0, -1, 0)
 
@@ -60,7 +61,7 @@ class Walk:
         try:
             return formats.read(self.form, self.rows.rows[place], int(self.rows.numbers[place]), self.weight)
         except UserError as fault:
-            raise UserError(f"{self.rows.name}: {fault}") from fault
+            raise UserError(f"{self.rows.source}: {fault}") from fault
 
     def report(self, renderer: Renderer) -> DataReport:
         return dataset.report_of(

@@ -196,9 +196,14 @@ def resolve(path: str, revision: str | None = None, weights: bool = True) -> Pat
     """
     if local := find(path, revision):
         return _unpacked(local) if local.suffix == ".gguf" else local
-    with explained(f"{path}, which is no folder here, from the hub"):
-        patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", *(["*.safetensors"] if weights else [])]
+    try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # of the hub's client, of its transport, of the disk
+        raise UserError(
+            f"there is no folder {path} here, and it could not be had from the hub ({_reason(error)}); check the path, "
+            "or name a folder, a GGUF file, or a hub id that can be reached"
+        ) from error
 
 
 def stop_ids(
@@ -286,15 +291,20 @@ def explained(path: str) -> Iterator[None]:
                 f"{path} comes with Python code of its own, which is run only with model.trust_remote_code=true; read "
                 "it first, or choose another model"
             ) from error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        reason = " ".join(lines if lines[0].endswith(":") else lines[:1]).rstrip(".")
-        reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", reason)
-        if not isinstance(error, OSError | ValueError):
-            reason = f"{type(error).__name__} {reason}".strip()
         raise UserError(
-            f"can't load {path} as a causal language model ({reason[:300]}); name a folder, a GGUF file, or a hub "
+            f"can't load {path} as a causal language model ({_reason(error)}); name a folder, a GGUF file, or a hub "
             "id that can be reached"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What a library says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    reason = " ".join(lines if lines[0].endswith(":") else lines[:1]).rstrip(".")
+    reason = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", reason)
+    if not isinstance(error, OSError | ValueError):
+        reason = f"{type(error).__name__} {reason}".strip()
+    return reason[:300]
 
 
 @contextlib.contextmanager

@@ -19,11 +19,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from truetune import run
+from truetune import rows, run
 from truetune.assembly import Job, assemble
 from truetune.checks.preflight import GRADIENT_BOUND, LOSS_BOUND, crop
 from truetune.data.batch import Batch, Document
 from truetune.models.wrap import CausalLM
+from truetune.promises.recount import Recount, recount
 from truetune.recipe import Part, Recipe
 from truetune.report.folder import Run
 from truetune.training.record import Record
@@ -149,6 +150,13 @@ class Ground:
     def run(self) -> Run:
         """The whole run, as its folder tells."""
         return Run.read(self.folder)
+
+    @cached_property
+    def counted(self) -> list[tuple[str, rows.Part, Recount]]:
+        """Each source's part of each side, with the name of the side, counted once more from its rows."""
+        data, loaded = self.recipe.data, self.job.loaded
+        sides = (("training", self.job.train), ("held out", self.job.evaluation))
+        return [(name, part, recount(part, data, loaded)) for name, side in sides for part in side.parts]
 
     @cached_property
     def documents(self) -> list[Document]:

@@ -24,7 +24,7 @@ from truetune.training.sinks import clean, duration, size
 
 COLOURS = 8
 """Runs that have a colour of their own on the page."""
-_LONGEST = 60
+_LONGEST = 200
 
 Row = tuple[str, list[str]]
 """A label, and a cell per run."""
@@ -184,6 +184,8 @@ SAME = (
 
 def _flat(part: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in part.items():
+        if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+            value = {str(number): part for number, part in enumerate(value)}
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         else:
@@ -193,4 +195,6 @@ def _flat(part: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _spelled(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, list):
+        return clean(", ".join(map(_spelled, value)), _LONGEST)
     return clean(str(value).lower() if isinstance(value, bool) else str(value), _LONGEST)

@@ -59,10 +59,20 @@ def with_warmup(shape: Callable[[int], Schedule], total: int, warmup: float) -> 
 
     shape: steps -> schedule, such as ``functools.partial(SCHEDULES["cosine"], minimum=0.1)``.
     warmup: below 1 a share of ``total``, rounded; else steps.
-    Raises UserError if the warm-up is negative or longer than the run.
+    Raises UserError if the warm-up is negative or longer than the run, or if ``shape`` gives any step what is no
+    factor of the peak.
     """
     steps = _steps("warmup", warmup, total)
-    return _joined(lambda t: (t + 1) / steps, steps, shape(total - steps))
+    rest = shape(total - steps)
+    if not callable(rest):
+        raise UserError(f"the schedule is a {type(rest).__name__}; return a function of the step from it")
+    for t in range(total - steps):
+        if not 0 <= (factor := rest(t)) <= 1:
+            raise UserError(
+                f"the schedule gives step {t + 1} of {total - steps} after the warm-up the factor {factor:g}; keep "
+                "factors of the peak in 0 to 1, and raise optimizer.rate for more"
+            )
+    return _joined(lambda t: (t + 1) / steps, steps, rest)
 
 
 def _sampled(shape: Callable[[float], float], total: int) -> Schedule:

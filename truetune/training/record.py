@@ -109,7 +109,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint was completed; ``reason`` is "schedule", "best", "end" or "interrupted"."""
+    """A checkpoint was completed; ``reason`` is "schedule", "time", "best", "end" or "interrupted"."""
 
     kind: ClassVar[str] = "saved"
     step: int

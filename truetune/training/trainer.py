@@ -54,7 +54,8 @@ class Trainer:
     schedule: step (from 0) -> factor on the peak rates of the optimizer's groups.
     stream:   which documents make up which step.
     preflight: checks made before the first step, or None.
-    evaluate_every, save_every: steps; the last step is always evaluated and saved.
+    evaluate_every, save_every: steps; the last step is always evaluated and saved. save_minutes: the first step that
+              ends so long after the last save, or the start, is saved as well.
     keep_best: end with the weights of the best evaluation.
     step:     steps completed. stop: set it to end at the next step boundary; ``halt`` also gives up an evaluation.
     owed:     kinds of the records that are still due at this step: a stop leaves them to the run that goes on.
@@ -75,6 +76,7 @@ class Trainer:
     evaluate_every: int | None = None
     checkpoints: Checkpoints | None = None
     save_every: int | None = None
+    save_minutes: float = math.inf
     keep_best: bool = False
     failures: Path | None = None
     step: int = 0
@@ -84,6 +86,7 @@ class Trainer:
     best: Evaluation | None = None
     start: dict[str, Fingerprint] = field(default_factory=dict, repr=False)
     _idle: bool = False
+    _saved: float = field(default_factory=time.monotonic, repr=False)
     _process: psutil.Process = field(default_factory=psutil.Process, repr=False)
 
     def steps(self) -> Iterator[Record]:
@@ -234,6 +237,8 @@ class Trainer:
             yield from self._save("end")
         elif self.save_every and self.step % self.save_every == 0:
             yield from self._save("schedule")
+        elif time.monotonic() - self._saved >= 60 * self.save_minutes:
+            yield from self._save("time")
         elif looked and self.keep_best and self.best and self.best.step == self.step:
             yield from self._save("best")
 
@@ -243,6 +248,7 @@ class Trainer:
             _require_finite(tensors, self.step)
             spare = self.best.step if self.best and self.keep_best else None
             yield Saved(self.step, str(self.checkpoints.save(self.step, tensors, state, spare)), reason)
+        self._saved = time.monotonic()
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything that the rest of the run depends on: tensors by file, and plain values."""

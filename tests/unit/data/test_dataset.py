@@ -72,7 +72,7 @@ def test_cut_limit_stops_with_the_least_length_that_is_enough(make_tokenizer, li
     rows = chats(20)
     with pytest.raises(UserError, match=r"would cut \d+\.\d% .* in \d+ of 20 rows") as fault:
         tokenize(rows, "messages", renderer(make_tokenizer, 50), limit)
-    enough = int(str(fault.value).split("set max_length to ")[1].split()[0])
+    enough = int(str(fault.value).split("set data.max_length to ")[1].split()[0])
     tokenize(rows, "messages", renderer(make_tokenizer, enough), limit)
     with pytest.raises(UserError, match="would cut"):
         tokenize(rows, "messages", renderer(make_tokenizer, enough - 1), limit)

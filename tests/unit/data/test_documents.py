@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,24 @@ def test_a_damaged_store_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     else:
         file.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "flip" else b""))
     assert stored(tmp_path / "store") is None
+
+
+def test_what_nobody_has_read_for_long_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MEMORY", 1)
+
+    def keep(name: str) -> None:
+        spool = Spool(tmp_path / name)
+        spool.add(Documents.of(some(9)))
+        spool.keep(spool.done(), {})
+
+    keep("read")
+    keep("unread")
+    (tmp_path / ".half").mkdir()
+    for old in (tmp_path / "read" / MANIFEST, tmp_path / "unread" / MANIFEST, tmp_path / ".half"):
+        os.utime(old, (0, 0))
+    assert stored(tmp_path / "read")
+    keep("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "read"]
 
 
 def chats(count: int, bad: int | None = None) -> Rows:

@@ -139,6 +139,8 @@ def test_unknown_columns_are_listed_with_the_formats():
         # weights
         ("text", {"text": "a b", "weight": 2}, Text(None, "a b", 2.0)),
         ("text", {"text": "a b", "weight": None}, Text(None, "a b")),
+        ("text", {"text": "a b", "weight": "0.5"}, Text(None, "a b", 0.5)),
+        ("text", {"text": "a b", "weight": ""}, Text(None, "a b")),
         ("messages", {"messages": [USER, ANSWER | {"weight": 1}]}, Conversation([USER, ANSWER])),
         (
             "messages",
@@ -205,7 +207,8 @@ def test_rows_become_examples(form, row, example):
         ("text", {"text": "a", "weight": float("inf")}, "weight is beyond 1e"),
         ("text", {"text": "a", "weight": 10**400}, "weight is beyond 1e"),
         ("text", {"text": "a", "weight": 1e-300}, "weight is 1e-300"),
-        ("text", {"text": "a", "weight": "2"}, "weight is a str"),
+        ("text", {"text": "a", "weight": "much"}, "weight is a str"),
+        ("text", {"text": "a", "weight": "nan"}, "weight is nan"),
         ("text", {"text": "a", "weight": True}, "weight is a bool"),
         ("messages", {"messages": [USER, ANSWER | {"weight": -2}]}, r"messages\[1\].weight is -2"),
         ("messages", {"messages": [USER | {"weight": 1}, ANSWER]}, r"messages\[0\].weight is 1 in the role user"),

@@ -329,7 +329,8 @@ def test_report_counts_what_was_unrolled_and_added() -> None:
     tokenizer = tokenizer_for(THINKS, "bytes")
     rows = Rows.of([{"messages": CHAT}, {"messages": CHAT[:3]}, {"messages": CHAT, "weight": 0}], "chats")
     documents, report = tokenize(rows, "auto", Renderer(tokenizer, stops(tokenizer), 999), 0.0)
-    assert report.notes == {UNROLLED: 1} and report.dropped == {WEIGHTLESS: 1}
+    weighed = "weighed in the loss by their column weight"
+    assert report.notes == {UNROLLED: 1, weighed: 1} and report.dropped == {WEIGHTLESS: 1}
     assert [d.row for d in documents] == [0, 0, 1] and report.rows == 3 and report.documents == 3
     other = Rows.of([{"messages": CHAT}, {"messages": CHAT[:3], "weight": 2}, {"messages": CHAT, "weight": 0}], "chats")
     assert tokenize(other, "auto", Renderer(tokenizer, stops(tokenizer), 999), 0.0)[1].document_digest != (

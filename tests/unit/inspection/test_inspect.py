@@ -11,12 +11,12 @@ import pytest
 from folders import CHATML, chats, invoke, write_model, write_rows
 
 from truetune import inspection
-from truetune.assembly import build_renderer, build_stream, choose_rows, tokenized
 from truetune.data import chat, rendering
 from truetune.data.chat import Renderer
 from truetune.errors import UserError
 from truetune.inspection import Inspection
 from truetune.models.load import load, outline
+from truetune.rows import build_renderer, build_stream, choose_rows, tokenized
 from truetune.spelling import read
 
 Row = dict[str, Any]

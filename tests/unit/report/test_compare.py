@@ -71,6 +71,22 @@ def test_recipes_show_only_the_keys_that_differ(make_run) -> None:
     assert dict(found.recipe) == {"adapter.rank": ["16", "64"], "train.seed": ["0", ""]}
 
 
+def test_sources_that_differ_are_told_one_by_one(make_run) -> None:
+    def several(weight: float) -> Any:
+        def change(facts: dict[str, Any]) -> dict[str, Any]:
+            facts["recipe"]["data"]["sources"] = [
+                {"source": "a.jsonl", "weight": 1.0},
+                {"source": "b", "weight": weight},
+            ]
+            facts["recipe"]["adapter"]["also"] = ["norms", "head"] if weight > 1 else []
+            return complete(facts)
+
+        return change
+
+    found = Comparison.read([make_run(name="a", facts=several(1.0)), make_run(name="b", facts=several(2.5))])
+    assert dict(found.recipe) == {"adapter.also": ["", "norms, head"], "data.sources.1.weight": ["1.0", "2.5"]}
+
+
 def test_results_quote_no_speed_of_a_void_run(make_run) -> None:
     a, b = make_run(name="a", facts=complete), make_run(name="b", facts=complete, failing=("packing",))
     found = Comparison.read([a, b])
