@@ -82,3 +82,12 @@ def test_the_adapter_is_a_weight_by_parts() -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_a_frozen_input_leaves_the_other_gradients_as_they_are() -> None:
+    tensors = inputs((7, 16, 100, 3), torch.float32, torch.float32, False)
+    tensors["low_NR"].requires_grad_(False)
+    ours, plain = results(linear_cross_entropy, tensors), results(linear_cross_entropy.reference, tensors)
+    assert ours.keys() == plain.keys() == {"losses", "hidden_ND", "up_VR"}
+    for name in plain:
+        torch.testing.assert_close(ours[name], plain[name])

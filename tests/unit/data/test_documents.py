@@ -254,6 +254,10 @@ def test_processes_make_the_same_portions_in_their_order(make_tokenizer: Any, re
         assert rendered == [16]  # the portion with the odd row
         with pytest.raises(UserError, match=r"^row 70 \(the first is 0\): messages\[1\].content is empty"):
             list(processes.map(iter(numbered(chats(100, bad=70)))))
+        several = chats(100, bad=70)
+        several.rows[90]["messages"] = {1: "no JSON, and no messages"}  # type: ignore[index]
+        with pytest.raises(UserError, match=r"^row 70 "):  # though the later one is found first, in this process
+            list(processes.map(iter(numbered(several))))
         for helper in processes._helpers:
             helper._process.kill()
         with pytest.raises(UserError, match="a process that tokenises ended before its rows were done; see what"):

@@ -171,6 +171,11 @@ def without(role: str) -> str:
 REFUSED = [
     (PLAIN, chat(CHAT), "does not show all of reasoning_content of turn 2; "),
     (PLAIN, chat(CALLS, tools=[TOOL]), "does not show all of tool_calls of turn 1; "),
+    (
+        CALLING.replace("value | tojson", "((value | tojson)[:-2] if value is string else value | tojson)"),
+        chat(CALLS, tools=[TOOL]),
+        "does not show all of tool_calls of turn 1; ",
+    ),
     (PLAIN, chat(SPOKEN, tools=[TOOL]), "declares tools, which the chat template does not show; "),
     (without("system"), chat(SPOKEN), r"does not show turn 0 \(system\); "),
     (
@@ -232,6 +237,8 @@ def test_every_token_after_the_first() -> None:
         tokenizer = tokenizer_for(template, "bytes")
         whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
         assert document.tokens.tolist() == whole and document.tokens[document.ends[0]] in stops(tokenizer)
+    before = Conversation([*SPOKEN, *SPOKEN[3:], *SPOKEN[3:]], context=7)  # only the last turn is asked for
+    assert rendered(PLAIN, before, targets="all").documents[0].target_count > 1
     tokenizer = tokenizer_for(PLAIN, "bytes")
     tokenizer.chat_template = None
     bare = Renderer(tokenizer, frozenset([tokenizer.eos_token_id]), 99, "all").documents(Text("a", "b")).documents[0]

@@ -8,7 +8,7 @@ import socket
 import datasets
 import pytest
 
-from truetune.data.sources import Rows, load
+from truetune.data.sources import Rows, distinct, load
 from truetune.errors import UserError
 
 ROWS = [{"text": "one", "n": 1}, {"text": "zwölf", "n": 2}, {"text": "three", "n": 3}]
@@ -145,6 +145,11 @@ def test_hub_id(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert list(load("owner/name").rows) == list(load("owner/name:small").rows) == ROWS
     assert asked == [("owner/name", None), ("owner/name", "small")]
+
+
+def test_hub_ids_keep_their_owner_in_a_name():
+    assert distinct([("us/rows", "train")]) == ["us/rows"]
+    assert distinct([("us/rows", "train"), ("them/rows", "train")]) == ["us/rows", "them/rows"]
 
 
 @pytest.mark.parametrize(
