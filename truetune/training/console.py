@@ -119,6 +119,7 @@ class Console:
         return (
             f"step {record.step:,}/{self._total:,}",
             f"loss {record.loss:.3f}",
+            *([] if record.router_loss is None else [f"router {record.router_loss:.3g}"]),
             f"lr {record.rate:.2e}",
             f"grad {record.gradient_norm:.3g}",
             "tokens/s not quoted" if speed is None else f"{speed:,.0f} tokens/s",

@@ -261,6 +261,10 @@ def test_a_log_file_gets_about_twenty_plain_lines():
     assert lines[-1].startswith("step 1,000/1,000") and "· done ·" in lines[-1]
 
 
+def test_the_loss_of_a_router_stands_beside_that_of_the_text():
+    assert "loss 2.500 · router 0.0123 · lr" in shown(step(1, router_loss=0.01234), total=9)
+
+
 def test_a_terminal_gets_one_live_line():
     file = Tty()
     text = shown(step(1), step(99), step(100), total=100, file=file)
