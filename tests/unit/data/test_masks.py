@@ -159,9 +159,19 @@ def test_what_the_template_adds_is_told() -> None:
     template = (
         "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}" + PLAIN
     )
-    assert rendered(template, chat(SPOKEN[1:])).notes == {"the chat template adds: system\nBe kind."}
+    strict = "{% if messages[1:] and messages[1].role == 'user' %}{{ raise_exception('no answer') }}{% endif %}"
+    for alternating in ("", strict):  # which refuses two questions in a row
+        notes = rendered(alternating + template, chat(SPOKEN[1:])).notes
+        assert notes == {"the chat template adds: system\nBe kind."}
     assert not rendered(template, chat(SPOKEN)).notes
     assert not rendered(TEMPLATES["system in the first question"], chat(SPOKEN[1:])).notes
+
+
+def test_long_tools_may_make_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("truetune.data.template.CHARACTERS", 0)
+    long = {"type": "function", "function": {"name": "get_age", "description": "a" * 3000, "parameters": {}}}
+    (document,) = rendered(CALLING, chat(CALLS, tools=[long])).documents
+    assert len(document) > 3000
 
 
 def without(role: str) -> str:
