@@ -53,6 +53,13 @@ def test_shared_bands_are_as_many_as_the_equation_says() -> None:
     assert abs(np.mean(missed) - share) < 4 * (share * (1 - share) / len(missed)) ** 0.5
 
 
+def test_far_texts_share_no_band_by_chance() -> None:
+    """Hashes that were less than spread over their 32 bits would: some 9 of these 100 million pairs of bands."""
+    letters = np.random.default_rng(3).integers(97, 123, (5000, 400), dtype=np.uint8)
+    bands = near.bands([row.tobytes().decode() for row in letters])
+    assert all(len(np.unique(band)) == len(band) for band in bands.T)
+
+
 def test_near_pairs_are_found_and_far_ones_are_not() -> None:
     generator = np.random.default_rng(2)
     texts = [" ".join(words(generator, 60)) for _ in range(300)]
