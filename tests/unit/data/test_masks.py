@@ -225,6 +225,11 @@ def test_what_cannot_be_rendered_rightly_is_refused(template: str, example: Any,
         rendered(template, example)
 
 
+def test_what_is_not_shown_is_refused_where_every_token_is_learned_too() -> None:
+    with pytest.raises(UserError, match=r"^row 0 .*does not show all of reasoning_content of turn 2; "):
+        rendered(PLAIN, chat(CHAT), targets="all")
+
+
 def test_tool_results_that_are_escaped_are_no_loss() -> None:
     template = PLAIN.replace("m.content +", "(m.content | tojson if m.role == 'user' else m.content) +")
     asked = [{"role": "user", "content": 'Say "hi"\n'}, SPOKEN[2]]
