@@ -91,7 +91,7 @@ def kill_once(
     counts["lost"] += step < saved(folder)
     assert users_of(folder) == []
     said = printed.read_text()
-    if number == signal.SIGTERM and "saving at the next step boundary" in said:
+    if number == signal.SIGTERM and "saving at a step boundary" in said:
         counts["stopped_at_a_boundary"] += 1
         assert status == 130 and f"stopped after step {step}; go on with: truetune train --resume" in said, said
         assert not refused and facts(folder)["status"] == "interrupted" and not leftovers(folder)

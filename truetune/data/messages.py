@@ -82,7 +82,7 @@ def _of_sharegpt(turn: Message, where: str, number: int) -> Message:
 
 def _calls(value: Any, where: str, number: int) -> list[Message]:
     """Calls as ``{"type": "function", "function": {"name", "arguments"}}``, arguments as the row has them."""
-    advice = 'give a list of {"function": {"name": ..., "arguments": {...}}}'
+    advice = 'give a list of objects like {"function": {"name": ..., "arguments": {...}}} there'
     if not isinstance(value, list):
         refuse(number, f"{where} is {shown(value)}", advice)
     calls = []

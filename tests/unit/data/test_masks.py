@@ -115,6 +115,13 @@ def test_masks_equal_brute_force(name: str, kind: str) -> None:
     assert (CONTINUED in found.notes) == (name in ("last question", "empty thought"))
 
 
+def test_a_template_that_asks_for_no_second_answer_is_no_worse() -> None:
+    """The place of an answer is found without a generation prompt after it, which some templates refuse."""
+    template = TEMPLATES["empty thought"]
+    strict = "{% if add_generation_prompt and messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+    assert learned(strict + template, chat(SPOKEN)) == learned(template, chat(SPOKEN))
+
+
 def test_a_thought_is_learned_where_the_template_shows_it() -> None:
     assert learned(THINKS, chat(CHAT)) == [
         "<think>\nAn age.\n</think>\n☕ 42, naïve<|im_end|>",
