@@ -15,7 +15,7 @@ import time
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,8 @@ def stored(folder: Path) -> tuple[Documents, dict[str, Any]] | None:
         files = json.loads((folder / MANIFEST).read_bytes())
         if set(files) != {*COLUMNS, REPORT} or any(_seal(folder / name) != files[name] for name in files):
             return None
-        (folder / MANIFEST).touch()
+        with suppress(OSError):  # a cache that may only be read
+            (folder / MANIFEST).touch()
         return _mapped(folder), json.loads((folder / REPORT).read_bytes())
     except (OSError, ValueError, TypeError):
         return None
