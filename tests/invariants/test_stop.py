@@ -16,6 +16,7 @@ from folders import at_record, chats, facts, invoke, keys, step_is, write_rows
 from safetensors.torch import load_file, save_file
 
 from truetune.training.checkpoint import Checkpoints
+from truetune.training.patience import Interrupted, ended_by_signals
 from truetune.training.record import Checks, Evaluation, Record
 
 
@@ -181,3 +182,15 @@ def test_what_cannot_be_resumed_is_one_sentence(stopped: Stopped, change: Callab
     if change in (change_base, change_scaling):
         refused = invoke("export", "out", "--merged")
         assert refused.exit_code == 2 and re.search(says, refused.stderr)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_never_taken_for_a_fault_of_what_it_meets(number: signal.Signals) -> None:
+    """Templates and parsers raise anything, so what calls them catches every Exception."""
+    caught = []
+    with pytest.raises(Interrupted, match=r"^stopped here$"), ended_by_signals("stopped here"):
+        try:
+            signal.raise_signal(number)
+        except Exception as fault:
+            caught.append(fault)
+    assert not caught

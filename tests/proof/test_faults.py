@@ -29,8 +29,9 @@ pytestmark = pytest.mark.proof
 
 KILLS = 25
 """For each of two kinds of run."""
-LONG = 90
-"""Steps of a run that is killed so often."""
+LONG, LAST = 240, 90
+"""Steps of a run that is killed so often, and about where the last kill falls: what follows takes longer than the two
+seconds that a kill may wait."""
 ROOM = 16 << 20
 """Bytes of a small disk."""
 MORE = {
@@ -77,7 +78,7 @@ def kill_once(
     try:
         if kill == 0 or kill % 3:
             # After one more step at least, at any moment of the next ones: computing, writing or renaming.
-            least = max(newest(folder) + 1, kill * LONG // (KILLS + 1))
+            least = max(newest(folder) + 1, kill * LAST // KILLS)
             until(lambda: newest(folder) >= least, process)
             time.sleep(chance.random() * 0.1)
         else:

@@ -32,6 +32,11 @@ class Interrupted(UserError):
     """A signal ended the run, and what it had saved is intact; the message says where it stopped."""
 
 
+class _Signalled(BaseException):
+    """What a handler raises in the midst of anything. No Exception, so that nothing on its way out takes it for a fault
+    of the model or of the data."""
+
+
 def patiently(write: Callable[[], Written], place: Path, need: int = 0) -> Written:
     """What ``write`` returns, which is called again for as long as it meets a full disk.
 
@@ -82,10 +87,13 @@ def ended_by_signals(sentence: str) -> Iterator[None]:
     """SIGINT or SIGTERM within the block raises Interrupted(sentence)."""
 
     def end(_: int, __: FrameType | None) -> None:
-        raise Interrupted(sentence)
+        raise _Signalled
 
-    with on_signals(end):
-        yield
+    try:
+        with on_signals(end):
+            yield
+    except _Signalled:
+        raise Interrupted(sentence) from None
 
 
 @contextmanager
