@@ -33,7 +33,7 @@ from truetune.objectives.next_token import NextToken
 from truetune.optim import OPTIMIZERS, parameter_groups
 from truetune.recipe import Recipe
 from truetune.rows import Part, Side, build_renderer, build_stream, choose_rows, sources_of, tokenized
-from truetune.schedules import SCHEDULES, with_warmup
+from truetune.schedules import SCHEDULES, Plan, with_warmup
 from truetune.training.checkpoint import Checkpoints
 from truetune.training.evaluate import Evaluator, Sampler
 from truetune.training.patience import existing
@@ -86,7 +86,8 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
         if source.weight * len(part.documents) * stream.epochs < 0.5
     ]
     steps = len(stream)
-    shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options)
+    known = Plan(recipe.optimizer.rate, stream.tokens_at, stream.documents / steps)
+    shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options, plan=known)
     optimizer = registry.bind("optimizer", OPTIMIZERS, recipe.optimizer.name, recipe.optimizer.options)
     ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
     groups = parameter_groups(model.trainable().items(), recipe.optimizer.rate, ratio)

@@ -27,6 +27,9 @@ from truetune.errors import UserError
 SUPPLIED = {"optimizer": ("groups", "rate"), "schedule": ("total",)}
 """Kind -> the leading arguments that the program passes itself, by position; their names are free."""
 
+OFFERED = {"optimizer": (), "schedule": ("plan",)}
+"""Kind -> further arguments of the program's, by name, for what has a parameter of that name."""
+
 _WORDS = {
     "a valid boolean": "true or false",
     "a valid integer": "an integer",
@@ -57,10 +60,11 @@ def resolve(kind: str, table: Mapping[str, Callable[..., Any]], name: str) -> Ca
 
 
 def bind(
-    kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: Mapping[str, Any]
+    kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: Mapping[str, Any], **offered: Any
 ) -> Callable[..., Any]:
     """What ``name`` stands for with its options bound; to be called with the arguments of ``SUPPLIED``.
 
+    offered: the arguments of ``OFFERED``; what has no such parameter goes without.
     Options come in the types that the signature asks for: an int as a float, a list as a tuple.
     Raises UserError as ``resolve`` does, and for options with the first fault and the number of the others.
     """
@@ -69,7 +73,9 @@ def bind(
     if found:
         raise UserError(and_more(found))
     known = user_options(kind, name, function)
-    return partial(function, **{key: _convert(known[key], value) for key, value in options.items()})
+    chosen = {key: _convert(known[key], value) for key, value in options.items()}
+    wanted = inspect.signature(function).parameters.keys() & OFFERED[kind]
+    return partial(function, **chosen, **{key: offered[key] for key in wanted})
 
 
 def faults(kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, str]:
@@ -93,7 +99,7 @@ def faults(kind: str, name: str, function: Callable[..., Any], options: Mapping[
 
 
 def user_options(kind: str, name: str, function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters that a recipe may set: all but the leading ones, which the program supplies.
+    """The parameters that a recipe may set: all but those that the program supplies.
 
     Raises UserError when there are fewer than it supplies, or no signature to see (some builtins).
     """
@@ -110,7 +116,8 @@ def user_options(kind: str, name: str, function: Callable[..., Any]) -> dict[str
     return {
         key: parameter
         for key, parameter in signature.parameters.items()
-        if key not in leading and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if key not in (*leading, *OFFERED[kind])
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
 
 

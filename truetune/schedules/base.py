@@ -1,0 +1,85 @@
+"""What every schedule is made of: the type, what a run tells it beforehand, the warm-up, and the checks of options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from truetune.errors import UserError
+
+Schedule = Callable[[int], float]
+"""Step index, from 0, to the factor of the peak rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is known of a run before its first step; a schedule that has a parameter ``plan`` is given it.
+
+    rate: the peak. tokens: trained on up to the end of each step of the whole run, warm-up included.
+    batch: documents of a step, in the mean.
+    """
+
+    rate: float
+    tokens: Sequence[int]
+    batch: float
+
+
+def with_warmup(shape: Callable[[int], Schedule], total: int, warmup: float) -> Schedule:
+    """A linear warm-up to where ``shape`` starts, then ``shape`` over the rest of ``total`` steps.
+
+    shape: steps -> schedule, such as ``functools.partial(SCHEDULES["cosine"], minimum=0.1)``.
+    warmup: below 1 a share of ``total``, rounded; else steps.
+    Raises UserError if the warm-up is negative or longer than the run, or if ``shape`` gives any step what is no
+    factor of the peak.
+    """
+    steps = in_steps("warmup", warmup, total)
+    rest = shape(total - steps)
+    if not callable(rest):
+        raise UserError(f"the schedule is a {type(rest).__name__}; return a function of the step from it")
+    for t in range(total - steps):
+        if not 0 <= (factor := rest(t)) <= 1:
+            raise UserError(
+                f"the schedule gives step {t + 1} of {total - steps} after the warm-up the factor {factor:g}; keep "
+                "factors of the peak in 0 to 1, and raise optimizer.rate for more"
+            )
+    top = rest(0) if steps < total else 1.0
+    return joined(lambda t: top * ((t + 1) / steps), steps, rest)
+
+
+def sampled(shape: Callable[[float], float], total: int) -> Schedule:
+    """``shape``, a function of the progress p = step / total, as a schedule."""
+
+    def factor(step: int) -> float:
+        # Beyond its end a shape may rise again or turn negative: no rate to train with.
+        if not 0 <= step < total:
+            raise ValueError(f"step {step} is outside a schedule of {total} steps; build it for more steps")
+        return shape(step / total)
+
+    return factor
+
+
+def joined(first: Schedule, steps: int, second: Schedule) -> Schedule:
+    """``first`` for so many steps, then ``second`` from its own step 0."""
+    return lambda step: first(step) if 0 <= step < steps else second(step - steps)
+
+
+def in_steps(name: str, value: float, total: int) -> int:
+    """A length in steps, from a share of ``total`` (below 1) or from steps. Raises UserError if it is longer."""
+    steps = round(value * total) if value < 1 else round(value)
+    if not 0 <= steps <= total:
+        raise UserError(
+            f"schedule.{name} is {value:g}, which makes {steps} of the run's {total} steps; "
+            f"give a share between 0 and 1, or at most {total} steps"
+        )
+    return steps
+
+
+def require_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"schedule.{name} is {value:g}, but it is a factor of the peak; keep it in 0 to 1")
+
+
+def require_positive(name: str, value: float, most: float = float("inf")) -> None:
+    if not 0 < value <= most:
+        bound = f" and at most {most:g}" if most < float("inf") else ""
+        raise UserError(f"schedule.{name} is {value:g}; choose a number above 0{bound}")
