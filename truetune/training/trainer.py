@@ -31,7 +31,7 @@ from truetune.optim import set_rate
 from truetune.schedules import Schedule
 from truetune.training.checkpoint import Checkpoints, atomic_folder
 from truetune.training.evaluate import Evaluator, Sampler
-from truetune.training.gradient import NonFinite, accumulate, clip, norm_of, require_finite
+from truetune.training.gradient import NonFinite, accumulate, clip, l1_of, norm_of, require_finite
 from truetune.training.integrity import Fingerprint, fingerprints, integrity
 from truetune.training.patience import patiently
 from truetune.training.record import BEST_LOST, Alarm, Checks, Evaluation, Record, Samples, Saved, Step, Verdict
@@ -175,10 +175,11 @@ class Trainer:
         means = accumulate(self.model, self.objective, batches)
         loss, router = float(means), None if means.router is None else float(means.router)
         norm = norm_of(parameters)
+        l2, l1 = torch.stack([norm, l1_of(parameters)]).tolist()  # at once, since a GPU is waited for
         try:
-            require_finite(loss, float(norm), self.step + 1)
+            require_finite(loss, l2, self.step + 1)
         except NonFinite as error:
-            raise NonFinite(f"{error}; {self._bundle(batches, loss, float(norm), random_state)}") from None
+            raise NonFinite(f"{error}; {self._bundle(batches, loss, l2, random_state)}") from None
         clip(parameters, self.clip, norm)
         factor = self.schedule(self.step)
         set_rate(self.optimizer, factor)
@@ -194,7 +195,8 @@ class Trainer:
             router_loss=router,
             rate=furthest["lr"],
             planned=factor * furthest["peak"],
-            gradient_norm=float(norm),
+            gradient_norm=l2,
+            gradient_norm_l1=l1,
             tokens=tokens,
             targets=sum(int((b.labels != IGNORE).sum()) for b in batches),
             documents=sum(len(b.lengths) for b in batches),
