@@ -222,6 +222,9 @@ def export(
     gguf: Annotated[
         str | None, typer.Option("--gguf", metavar="TYPE", help="A GGUF file of type f32, f16, bf16 or q8_0.")
     ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", min=1, help="A checkpoint that was kept; default: the best.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="Where to write it.")] = None,
     quiet: Quiet = False,
     json: Json = False,
@@ -235,7 +238,7 @@ def export(
     from truetune.run import export as run_export
 
     with _standard_output(json) as stream:
-        done = run_export(run, f"gguf-{gguf}" if gguf else "adapter" if merged is False else "merged", to)
+        done = run_export(run, f"gguf-{gguf}" if gguf else "adapter" if merged is False else "merged", to, step)
     if stream:
         _print_json(stream, asdict(done) | {"passed": done.passed})
     elif quiet:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -119,6 +120,11 @@ def user_options(kind: str, name: str, function: Callable[..., Any]) -> dict[str
         if key not in (*leading, *OFFERED[kind])
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
+
+
+def paths(kind: str, name: str, function: Callable[..., Any]) -> list[str]:
+    """The options that are paths, as annotated."""
+    return [key for key, option in user_options(kind, name, function).items() if option.annotation is Path]
 
 
 def suggestion(name: str, allowed: Collection[str]) -> str:

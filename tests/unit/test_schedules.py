@@ -1,11 +1,14 @@
 """Schedules: values, equals elsewhere, warm-up, bad options; and one lattice over the whole table."""
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,14 +16,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from truetune import registry
+from truetune import registry, versions
 from truetune.errors import UserError
-from truetune.schedules import FALLING, SCHEDULES, Plan, Schedule, with_warmup
+from truetune.schedules import FALLING, SCHEDULES, Plan, Schedule, ends_of, with_warmup
 from truetune.schedules.falling import cosine, linear
-from truetune.schedules.stable import wsd
+from truetune.schedules.refined import median, refine
+from truetune.schedules.stable import power, wsd, wsd_s
 
 RATE, TOKENS, BATCH = 1e-3, 1000, 16
 """Peak, tokens and documents of every step of the runs here."""
+
+
+NEEDED: dict[str, dict[str, Any]] = {}
+"""Schedule -> its options that have no default."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An earlier run whose norms fall and rise again."""
+    folder = earlier_run(tmp_path_factory.mktemp("earlier"), [3 + math.cos(t / 5) for t in range(37)])
+    NEEDED["refined"] = {"run": str(folder)}
+    return folder
+
+
+def earlier_run(folder: Path, norms: Sequence[float | None], norm: str = "gradient_norm_l1") -> Path:
+    """``folder`` with the records of steps of these norms, among others."""
+    records: list[dict[str, Any]] = [{"kind": "step", "step": t, norm: value} for t, value in enumerate(norms, 1)]
+    records.append({"kind": "evaluation", "step": 1, "loss": 2.0})
+    lines = [json.dumps(record | {"format": versions.RECORD}) for record in records]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n" + '{"kind": "st')
+    return folder
 
 
 def values(schedule: Schedule, total: int) -> list[float]:
@@ -30,7 +55,7 @@ def values(schedule: Schedule, total: int) -> list[float]:
 def shape(name: str, whole: int, **options: Any) -> Callable[[int], Schedule]:
     """An entry of the table for a run of ``whole`` steps, made as the program makes it."""
     plan = Plan(RATE, [TOKENS * (t + 1) for t in range(whole)], BATCH)
-    return registry.bind("schedule", SCHEDULES, name, options, plan=plan)
+    return registry.bind("schedule", SCHEDULES, name, NEEDED.get(name, {}) | options, plan=plan)
 
 
 def drawn(name: str, total: int, warmup: float = 0, **options: Any) -> list[float]:
@@ -202,6 +227,124 @@ def test_steps_fall_where_they_are_said_to() -> None:
     assert drawn("step", 10, at=[3, 0.6], ratio=0.5) == [1] * 3 + [0.5] * 3 + [0.25] * 4
 
 
+# Power: tokens and documents of a step in.
+
+
+def test_power_has_the_rates_of_its_tokens() -> None:
+    for batch, tokens, rate in [
+        (128, 1e9, 0.0151345),
+        (128, 1e10, 0.00467700),
+        (128, 1e12, 0.000446650),
+        (1024, 1e12, 0.00357320),
+    ]:
+        plan = Plan(0.02, [1000, int(tokens), 2 * int(tokens)], batch)
+        factors = values(power(3, plan=plan, decay=0), 3)
+        assert factors[:2] == [1, 1]
+        assert 0.02 * factors[2] == pytest.approx(rate, rel=1e-5)
+        assert factors[2] == pytest.approx(batch * 4.6 * tokens**-0.51 / 0.02, rel=1e-12)
+
+
+def test_power_counts_the_tokens_of_the_warmup_and_starts_where_they_allow() -> None:
+    plan = Plan(1.0, [100 * (t + 1) for t in range(12)], 2)
+    factors = values(with_warmup(partial(power, plan=plan, decay=0), 12, 4), 12)
+    assert factors[4:] == pytest.approx([2 * 4.6 * (100 * t) ** -0.51 for t in range(4, 12)], rel=1e-12)
+    assert factors[:4] == pytest.approx([factors[4] * (t + 1) / 4 for t in range(4)], rel=1e-12)
+
+
+def test_power_needs_no_total_but_for_its_decay() -> None:
+    tokens = [10_000 * (t + 1) for t in range(80)]
+    short, long = (values(power(n, plan=Plan(0.5, tokens[:n], 2), decay=0), n) for n in (50, 80))
+    assert short == long[:50] and short[-1] < 1
+    ended = values(power(50, plan=Plan(0.5, tokens[:50], 2), decay=5, shape="1-sqrt", minimum=0.1), 50)
+    assert ended[:45] == short[:45]
+    expected = [short[45] * (0.1 + 0.9 * (1 - math.sqrt(q / 5))) for q in range(5)]
+    assert ended[45:] == pytest.approx(expected, rel=1e-12)
+
+
+# WSD-S: several budgets in one branch.
+
+
+def test_wsd_s_decays_before_each_budget_and_is_back_at_the_peak_at_once() -> None:
+    plan = Plan(RATE, [TOKENS] * 44, BATCH)
+    schedule = with_warmup(partial(wsd_s, plan=plan, budgets=(14, 0.5), decay=0.2), 44, 4)
+    assert ends_of(schedule) == (14, 24)
+    inverse = [1 / (1 + 9 * q) for q in (0, 0.25, 0.5, 0.75)]
+    expected = [0.25, 0.5, 0.75, 1]
+    for length, decay in ((10, inverse[::2]), (10, inverse[::2]), (20, inverse)):
+        expected += [1] * (length - len(decay)) + decay
+    assert values(schedule, 44) == pytest.approx(expected, rel=1e-12)
+
+
+def test_wsd_s_of_one_budget_is_wsd() -> None:
+    plan = Plan(RATE, [TOKENS] * 40, BATCH)
+    once = wsd_s(40, plan=plan, budgets=(), shape="cosine", minimum=0.0)
+    assert values(once, 40) == values(wsd(40, shape="cosine"), 40) and ends_of(once) == ()
+
+
+# Refined: norms of an earlier run in.
+
+
+@pytest.mark.parametrize(
+    ("norms", "l1", "l2"),
+    [
+        ([3] * 5, [0.8, 0.6, 0.4, 0.2, 0], [0.8, 0.6, 0.4, 0.2, 0]),
+        (
+            [4, 2, 1, 1, 2],
+            [0.2307692, 0.3846154, 0.4615385, 0.1538462, 0],
+            [0.0609756, 0.2195122, 0.4878049, 0.0975610, 0],
+        ),
+    ],
+)
+def test_refined_is_the_closed_form(norms: list[float], l1: list[float], l2: list[float]) -> None:
+    for power_of, expected in [(1, l1), (2, l2)]:
+        found = refine(np.array(norms, dtype=float), power_of, 0.1)
+        assert found == pytest.approx([e / max(expected) for e in expected], abs=5e-7)
+        weights = [1 / n**power_of for n in norms]
+        exact = [w * sum(weights[t + 1 :]) for t, w in enumerate(weights)]
+        assert found == pytest.approx([e / max(exact) for e in exact], rel=1e-12)
+
+
+def test_refined_from_equal_norms_is_the_linear_decay_of_any_length(tmp_path: Path) -> None:
+    folder = str(earlier_run(tmp_path, [0.7] * 23))
+    for total in (1, 7, 23, 60):
+        assert drawn("refined", total, run=folder) == pytest.approx(drawn("linear", total), abs=1e-12)
+
+
+def test_refined_takes_the_norm_that_is_asked_for_and_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    norms = [2.0, 5.0, None, 3.0, 1.0, 4.0]
+    for name, norm, p in [("gradient_norm_l1", "l1", 1), ("gradient_norm", "l2", 2)]:
+        folder = str(earlier_run(tmp_path, norms, name))
+        expected = refine(np.array([n for n in norms if n]), p, 0)[:-1]
+        assert drawn("refined", 4, run=folder, norm=norm) == pytest.approx(expected.tolist(), rel=1e-12)
+    folder = str(earlier_run(tmp_path, [2.0, 0.0, 3.0, 1.0]))  # a zero stands for the smallest
+    assert drawn("refined", 3, run=folder) == pytest.approx(refine(np.array([2.0, 1, 3, 1]), 1, 0)[:-1].tolist())
+
+
+def test_the_median_is_of_those_around_and_mirrored_at_the_end() -> None:
+    found = np.random.default_rng(0).random(41)
+    beyond = [found[0]] * 2 + list(found) + list(found[-2:-4:-1])
+    assert median(found, 5).tolist() == [sorted(beyond[t : t + 5])[2] for t in range(41)]
+    assert median(found, 1).tolist() == found.tolist()
+    one_off = np.ones(40)
+    one_off[17] = 1e6
+    assert refine(one_off, 1, 0.1) == pytest.approx(np.linspace(1, 0, 40), abs=1e-12)
+
+
+def test_an_earlier_run_that_says_too_little_is_refused(tmp_path: Path) -> None:
+    for norms in ([], [None, 1.0], [0.0, 1.0]):
+        folder = str(earlier_run(tmp_path, norms))
+        with pytest.raises(UserError, match=r"fewer than two L1 norms.*older runs recorded with schedule.norm=l2"):
+            drawn("refined", 4, run=folder)
+    with pytest.raises(UserError, match=r"fewer than two L2 norms of gradients; name a longer run$"):
+        drawn("refined", 4, run=folder, norm="l2")
+    (tmp_path / "metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:1 is no record of a run"):
+        drawn("refined", 4, run=folder)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "format": 99}\n')
+    with pytest.raises(UserError, match="has format 99"):
+        drawn("refined", 4, run=folder)
+
+
 # The lattice: every entry of the table.
 
 
@@ -259,6 +402,20 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("step", {"at": [11]}, "schedule.at is 11"),
     ("inverse-sqrt", {"timescale": 0}, "schedule.timescale is 0"),
     ("inverse-sqrt", {"plan": 1}, 'has no option "plan"'),
+    ("power", {"a": 0}, "schedule.a is 0"),
+    ("power", {"b": 0.5}, "schedule.b is 0.5, so the rate would grow"),
+    ("power", {"decay": 20}, "schedule.decay is 20"),
+    ("power", {"shape": "sqrt"}, 'schedule.shape is "sqrt"'),
+    ("power", {"minimum": 2}, "schedule.minimum is 2"),
+    ("refined", {"run": "nowhere"}, "schedule.run is nowhere, where there is no metrics.jsonl"),
+    ("refined", {"run": 3}, "schedule.run is 3, but must be text"),
+    ("refined", {"norm": "l3"}, 'schedule.norm is "l3"'),
+    ("refined", {"smoothing": 1}, "schedule.smoothing is 1"),
+    ("wsd-s", {"budgets": [0.5, 0.25]}, "schedule.budgets must rise, and begin after the warm-up of 0 steps"),
+    ("wsd-s", {"budgets": [11]}, "schedule.budgets is 11"),
+    ("wsd-s", {"decay": 6}, "schedule.decay is 6.*at most 2 steps"),
+    ("wsd-s", {"shape": "sqrt"}, 'schedule.shape is "sqrt"'),
+    ("wsd-s", {"minimum": 0}, "schedule.minimum is 0"),
     ("rex", {"bend": 1}, "schedule.bend is 1"),
     ("uba", {"phi": 0}, "schedule.phi is 0"),
     ("uba", {"minimum": 1.5}, "schedule.minimum is 1.5"),
@@ -277,6 +434,11 @@ def test_impossible_options_are_refused(name: str, options: dict[str, Any], mess
     with pytest.raises(UserError, match=message) as caught:
         drawn(name, 10, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_budget_within_the_warmup_is_refused() -> None:
+    with pytest.raises(UserError, match="begin after the warm-up of 4 steps"):
+        drawn("wsd-s", 10, 4, budgets=[3])
 
 
 def test_every_option_is_refused_somewhere() -> None:

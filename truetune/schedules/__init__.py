@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from truetune.schedules.base import Plan, Schedule, with_warmup
+from truetune.schedules.base import Plan, Schedule, Staged, ends_of, with_warmup
 from truetune.schedules.falling import (
     constant,
     cosine,
@@ -24,8 +24,9 @@ from truetune.schedules.falling import (
     step,
     uba,
 )
+from truetune.schedules.refined import refined
 from truetune.schedules.rising import cosine_restarts, one_cycle
-from truetune.schedules.stable import wsd
+from truetune.schedules.stable import power, wsd, wsd_s
 
 FALLING: dict[str, Callable[..., Schedule]] = {
     "constant": constant,
@@ -38,15 +39,18 @@ FALLING: dict[str, Callable[..., Schedule]] = {
     "rex": rex,
     "uba": uba,
     "wsd": wsd,
+    "power": power,
 }
-"""Schedules that start at the peak and never rise."""
+"""Schedules that start at the peak, or at what they allow instead of it, and never rise."""
 
 RISING: dict[str, Callable[..., Schedule]] = {
     "cosine-restarts": cosine_restarts,
     "one-cycle": one_cycle,
+    "wsd-s": wsd_s,
+    "refined": refined,
 }
 """Schedules that start below the peak, or come back to it."""
 
 SCHEDULES = FALLING | RISING
 
-__all__ = ["FALLING", "RISING", "SCHEDULES", "Plan", "Schedule", "with_warmup"]
+__all__ = ["FALLING", "RISING", "SCHEDULES", "Plan", "Schedule", "Staged", "ends_of", "with_warmup"]

@@ -24,6 +24,23 @@ class Plan:
     batch: float
 
 
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A schedule that is at its end more than once: after each of ``ends`` updates, the last one apart, the weights
+    stand as a finished run's, so they are evaluated and kept. In all else it is ``factor``."""
+
+    factor: Schedule
+    ends: tuple[int, ...]
+
+    def __call__(self, step: int) -> float:
+        return self.factor(step)
+
+
+def ends_of(schedule: Schedule) -> tuple[int, ...]:
+    """Updates after which the schedule is at an end, its last apart."""
+    return schedule.ends if isinstance(schedule, Staged) else ()
+
+
 def with_warmup(shape: Callable[[int], Schedule], total: int, warmup: float) -> Schedule:
     """A linear warm-up to where ``shape`` starts, then ``shape`` over the rest of ``total`` steps.
 
@@ -43,7 +60,9 @@ def with_warmup(shape: Callable[[int], Schedule], total: int, warmup: float) -> 
                 "factors of the peak in 0 to 1, and raise optimizer.rate for more"
             )
     top = rest(0) if steps < total else 1.0
-    return joined(lambda t: top * ((t + 1) / steps), steps, rest)
+    whole = joined(lambda t: top * ((t + 1) / steps), steps, rest)
+    ends = tuple(end + steps for end in ends_of(rest))
+    return Staged(whole, ends) if ends else whole
 
 
 def sampled(shape: Callable[[float], float], total: int) -> Schedule:
@@ -68,7 +87,7 @@ def in_steps(name: str, value: float, total: int) -> int:
     steps = round(value * total) if value < 1 else round(value)
     if not 0 <= steps <= total:
         raise UserError(
-            f"schedule.{name} is {value:g}, which makes {steps} of the run's {total} steps; "
+            f"schedule.{name} is {value:g}, which makes {steps} of {total} steps; "
             f"give a share between 0 and 1, or at most {total} steps"
         )
     return steps

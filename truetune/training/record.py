@@ -110,7 +110,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint was completed; ``reason`` is "schedule", "time", "best", "end" or "interrupted"."""
+    """A checkpoint was completed; ``reason`` is "schedule", "time", "best", "budget", "end" or "interrupted"."""
 
     kind: ClassVar[str] = "saved"
     step: int
