@@ -321,7 +321,6 @@ TABLES = {
     "sources": "Where rows may come from.",
     "families": "Families of models that were trained beside a plain loop, and what was found.",
     "optimizers": "Names for optimizer.name, with the options of each and their defaults.",
-    "schedules": "Names for schedule.name, with the options of each and their defaults.",
     "recipes": "The ready recipes, and what each is for.",
     "keys": "Every key that a recipe may have, what it may be, its default and its meaning.",
 }
@@ -339,6 +338,19 @@ def _show(name: str) -> Callable[[], None]:
 
 for _name, _purpose in TABLES.items():
     show.command(_name, help=_purpose)(_show(_name))
+
+
+@show.command()
+def schedules(
+    to: Annotated[Path | None, typer.Option("--to", metavar="FILE.svg", help="Also draw them as a picture.")] = None,
+) -> None:
+    """Names for schedule.name, drawn with a warm-up, with the options of each and their defaults."""
+    _show("schedules")()
+    if to:
+        from truetune.report.shapes import write_picture
+
+        write_picture(to)
+        typer.echo(f"picture  {to}")
 
 
 @show.command()

@@ -88,3 +88,11 @@ def test_power_sees_the_tokens_and_documents_of_the_run(my_model: Path, my_data:
     expected = [min(0.05, batch * 0.2 * n**-0.51) for n in tokens[1:]]
     assert min(expected) < 0.05 and math.isclose(made[0]["rate"], expected[0])
     assert [s["rate"] for s in made[1:]] == pytest.approx(expected)
+
+
+def test_a_warmup_begins_where_it_is_said_to(my_model: Path, my_data: Path, tmp_path: Path) -> None:
+    rises = ("schedule.name=constant", "schedule.warmup=4", "schedule.warmup_from=0.2")
+    result = invoke("train", "--dry-run", *keys(my_model, my_data, tmp_path / "run", *SHORT, *rises))
+    assert result.exit_code == 0, result.output
+    planned = [rate / 1e-2 for _, rate in facts(tmp_path / "run")["plan"]["schedule"]]
+    assert planned == pytest.approx([0.4, 0.6, 0.8, 1, 1, 1, 1, 1])

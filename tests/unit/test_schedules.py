@@ -218,6 +218,13 @@ def test_warmup_rises_to_where_the_shape_starts() -> None:
     assert factors[:5] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2])
 
 
+def test_a_model_that_is_trained_further_is_warmed_up_from_where_it_ended() -> None:
+    """The paper's: 1 % of the run from a tenth of the peak, then the cosine to a tenth."""
+    schedule = with_warmup(shape("cosine", 400, minimum=0.1), 400, 0.01, 0.1)
+    assert values(schedule, 5) == pytest.approx([0.325, 0.55, 0.775, 1, 1])
+    assert schedule(399) == pytest.approx(0.1, abs=1e-4) and schedule(399) > 0.1
+
+
 def test_the_inverse_root_takes_the_warmup_for_its_scale() -> None:
     assert drawn("inverse-sqrt", 16, 4)[4:] == pytest.approx([math.sqrt(4 / n) for n in range(4, 16)], rel=1e-12)
     assert drawn("inverse-sqrt", 16)[15] == pytest.approx(1 / 4, rel=1e-12)
@@ -349,12 +356,18 @@ def test_an_earlier_run_that_says_too_little_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@given(total=st.integers(1, 300), warmup=st.one_of(st.floats(0, 0.999), st.integers(0, 300)))
-def test_every_rate_is_above_zero_and_at_most_the_peak(name: str, total: int, warmup: float) -> None:
+@given(
+    total=st.integers(1, 300),
+    warmup=st.one_of(st.floats(0, 0.999), st.integers(0, 300)),
+    low=st.one_of(st.just(0.0), st.floats(0, 0.99)),
+)
+def test_every_rate_is_above_zero_and_at_most_the_peak(name: str, total: int, warmup: float, low: float) -> None:
     steps = min(total, round(warmup * total) if warmup < 1 else round(warmup))
-    factors = drawn(name, total, min(warmup, total))
+    factors = values(with_warmup(shape(name, total), total, min(warmup, total), low), total)
     assert all(0 < f <= 1 for f in factors)
-    assert factors[: steps + 1] == sorted(factors[: steps + 1])
+    top = factors[steps] if steps < total else 1
+    rise = [low, *factors[:steps], top]
+    assert rise == pytest.approx([*np.linspace(low, top, steps + 1).tolist(), top], rel=1e-12)
     if name in FALLING:
         assert max(factors) == 1 and factors[steps:] == sorted(factors[steps:], reverse=True)
 

@@ -41,11 +41,14 @@ def ends_of(schedule: Schedule) -> tuple[int, ...]:
     return schedule.ends if isinstance(schedule, Staged) else ()
 
 
-def with_warmup(shape: Callable[[int], Schedule], total: int, warmup: float) -> Schedule:
+def with_warmup(shape: Callable[[int], Schedule], total: int, warmup: float, low: float = 0.0) -> Schedule:
     """A linear warm-up to where ``shape`` starts, then ``shape`` over the rest of ``total`` steps.
 
+    Where a model is trained further this is its re-warming (Gupta et al. 2023, arXiv 2308.04014), from ``low``.
+
     shape: steps -> schedule, such as ``functools.partial(SCHEDULES["cosine"], minimum=0.1)``.
-    warmup: below 1 a share of ``total``, rounded; else steps.
+    warmup: below 1 a share of ``total``, rounded; else steps. low: share of the peak that it rises from, one step
+    before the first.
     Raises UserError if the warm-up is negative or longer than the run, or if ``shape`` gives any step what is no
     factor of the peak.
     """
@@ -60,7 +63,12 @@ def with_warmup(shape: Callable[[int], Schedule], total: int, warmup: float) -> 
                 "factors of the peak in 0 to 1, and raise optimizer.rate for more"
             )
     top = rest(0) if steps < total else 1.0
-    whole = joined(lambda t: top * ((t + 1) / steps), steps, rest)
+
+    def rise(t: int) -> float:
+        q = (t + 1) / steps
+        return low * (1 - q) + top * q
+
+    whole = joined(rise, steps, rest)
     ends = tuple(end + steps for end in ends_of(rest))
     return Staged(whole, ends) if ends else whole
 
