@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
-from folders import facts, invoke, keys, records, same_file
+from folders import at_record, facts, invoke, keys, records, same_file, step_is
 from safetensors.torch import load_file
 
+from truetune.assembly import assemble, disk_need
+from truetune.spelling import read
 from truetune.training.checkpoint import Checkpoints
 
 SHORT = ("evaluation.samples=0", "evaluation.every=8", "output.merged=false", "checkpoint.keep=1")
@@ -96,3 +99,29 @@ def test_a_warmup_begins_where_it_is_said_to(my_model: Path, my_data: Path, tmp_
     assert result.exit_code == 0, result.output
     planned = [rate / 1e-2 for _, rate in facts(tmp_path / "run")["plan"]["schedule"]]
     assert planned == pytest.approx([0.4, 0.6, 0.8, 1, 1, 1, 1, 1])
+
+
+def test_a_run_that_goes_on_with_other_rates_is_refused(
+    branch: Path, my_model: Path, my_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier, folder = tmp_path / "earlier", tmp_path / "run"
+    earlier.mkdir()
+    text = (branch / "metrics.jsonl").read_text()
+    (earlier / "metrics.jsonl").write_text(text)
+    with monkeypatch.context() as patch:
+        at_record(patch, step_is(5), lambda: signal.raise_signal(signal.SIGTERM))
+        asked = keys(my_model, my_data, folder, *SHORT, "schedule.name=refined", f"schedule.run={earlier}")
+        assert invoke("train", *asked).exit_code == 130
+    (earlier / "metrics.jsonl").write_text("".join(text.splitlines(True)[:-6]))
+    result = invoke("train", "--resume", str(folder))
+    assert result.exit_code == 2 and "rates are others than those that the run began with" in result.stderr
+    (earlier / "metrics.jsonl").write_text(text)
+    assert invoke("train", "--resume", str(folder)).exit_code == 0
+    assert [s["rate"] for s in steps(folder)] == [rate for _, rate in facts(folder)["plan"]["schedule"]]
+
+
+def test_the_disk_is_asked_for_the_checkpoints_of_budgets_too(my_model: Path, my_data: Path, tmp_path: Path) -> None:
+    asked = keys(my_model, my_data, tmp_path / "run", *SHORT)
+    branched, plain = (assemble(read(None, [*asked, *more])) for more in (BRANCH, ()))
+    trained = sum(p.nbytes for p in plain.trainer.model.trainable().values())
+    assert disk_need(branched) - disk_need(plain) == 3 * trained  # the weights of an adapter, and two moments of each

@@ -344,9 +344,10 @@ def test_an_earlier_run_that_says_too_little_is_refused(tmp_path: Path) -> None:
             drawn("refined", 4, run=folder)
     with pytest.raises(UserError, match=r"fewer than two L2 norms of gradients; name a longer run$"):
         drawn("refined", 4, run=folder, norm="l2")
-    (tmp_path / "metrics.jsonl").write_text("[1]\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl:1 is no record of a run"):
-        drawn("refined", 4, run=folder)
+    for bad in (b"[1]", b"\xff", b"{}", b'{"kind": "step", "gradient_norm_l1": "x"}', b"[" * 100_000):
+        (tmp_path / "metrics.jsonl").write_bytes(bad + b"\n")
+        with pytest.raises(UserError, match=r"metrics.jsonl:1 is no record of a run"):
+            drawn("refined", 4, run=folder)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "format": 99}\n')
     with pytest.raises(UserError, match="has format 99"):
         drawn("refined", 4, run=folder)

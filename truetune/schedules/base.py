@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,16 @@ def sampled(shape: Callable[[float], float], total: int) -> Schedule:
         return shape(step / total)
 
     return factor
+
+
+def line(p: float, minimum: float) -> float:
+    """From 1 straight to ``minimum``."""
+    return 1 - (1 - minimum) * p
+
+
+def half_cosine(p: float, minimum: float) -> float:
+    """From 1 to ``minimum`` along half a period of the cosine."""
+    return minimum + (1 - minimum) * (1 + math.cos(math.pi * p)) / 2
 
 
 def joined(first: Schedule, steps: int, second: Schedule) -> Schedule:

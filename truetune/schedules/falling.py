@@ -9,7 +9,16 @@ from __future__ import annotations
 import math
 
 from truetune.errors import UserError
-from truetune.schedules.base import Plan, Schedule, in_steps, require_positive, require_share, sampled
+from truetune.schedules.base import (
+    Plan,
+    Schedule,
+    half_cosine,
+    in_steps,
+    line,
+    require_positive,
+    require_share,
+    sampled,
+)
 
 
 def constant(total: int) -> Schedule:
@@ -20,13 +29,13 @@ def constant(total: int) -> Schedule:
 def linear(total: int, *, minimum: float = 0.0) -> Schedule:
     """From 1 straight to ``minimum`` (Defazio et al. 2023, arXiv 2310.07831)."""
     require_share("minimum", minimum)
-    return sampled(lambda p: 1 - (1 - minimum) * p, total)
+    return sampled(lambda p: line(p, minimum), total)
 
 
 def cosine(total: int, *, minimum: float = 0.0) -> Schedule:
     """From 1 to ``minimum`` along half a period of the cosine (Loshchilov & Hutter 2016, arXiv 1608.03983)."""
     require_share("minimum", minimum)
-    return sampled(lambda p: minimum + (1 - minimum) * (1 + math.cos(math.pi * p)) / 2, total)
+    return sampled(lambda p: half_cosine(p, minimum), total)
 
 
 def polynomial(total: int, *, power: float = 2.0, minimum: float = 0.0) -> Schedule:

@@ -10,6 +10,7 @@ that the authors' script makes for the sake of its source of norms.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -45,17 +46,18 @@ def recorded(run: Path, norm: Literal["l1", "l2"]) -> np.ndarray:
     if not file.is_file():
         raise UserError(f"schedule.run is {run}, where there is no metrics.jsonl; name the folder of a run")
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            step, form = record["kind"] == "step", record.get("format", versions.RECORD)
-            value = record.get(FIELDS[norm])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            form = record.get("format", versions.RECORD)
+            value = record.get(FIELDS[norm]) if record["kind"] == "step" else None
+            value = math.nan if value is None else float(value)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}:{number} is no record of a run; name another in schedule.run") from error
         versions.require(f"{file}:{number}", form, versions.RECORD)
-        if step and value is not None:
-            found.append(float(value))
-    if np.count_nonzero(found) < 2:
+        if math.isfinite(value):
+            found.append(value)
+    if sum(value > 0 for value in found) < 2:
         other = "" if norm == "l2" else ", or take what older runs recorded with schedule.norm=l2"
         raise UserError(f"{run} records fewer than two {norm.upper()} norms of gradients; name a longer run{other}")
     return np.array(found)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from itertools import accumulate
 
 from truetune.errors import UserError
-from truetune.schedules.base import Schedule, require_positive, require_share, sampled
+from truetune.schedules.base import Schedule, half_cosine, require_positive, require_share, sampled
 
 
 def cosine_restarts(total: int, *, cycles: int = 4, growth: float = 1.0, minimum: float = 0.0) -> Schedule:
@@ -22,7 +21,7 @@ def cosine_restarts(total: int, *, cycles: int = 4, growth: float = 1.0, minimum
     def factor(p: float) -> float:
         cycle = min(bisect_right(ends, p), cycles) - 1
         q = (p - ends[cycle]) / (ends[cycle + 1] - ends[cycle])
-        return minimum + (1 - minimum) * (1 + math.cos(math.pi * q)) / 2
+        return half_cosine(q, minimum)
 
     return sampled(factor, total)
 
@@ -37,7 +36,7 @@ def one_cycle(total: int, *, rise: float = 0.3, start: float = 0.04, minimum: fl
         raise UserError(f"schedule.rise is {rise:g}; choose a share of the run between 0 and 1")
 
     def between(first: float, last: float, q: float) -> float:
-        return last + (first - last) * (1 + math.cos(math.pi * q)) / 2
+        return last + (first - last) * half_cosine(q, 0)
 
     return sampled(
         lambda p: between(start, 1, p / rise) if p < rise else between(1, minimum, (p - rise) / (1 - rise)), total

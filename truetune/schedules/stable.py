@@ -8,13 +8,24 @@ from collections.abc import Callable
 from typing import Literal
 
 from truetune.errors import UserError
-from truetune.schedules.base import Plan, Schedule, Staged, in_steps, joined, require_positive, require_share, sampled
+from truetune.schedules.base import (
+    Plan,
+    Schedule,
+    Staged,
+    half_cosine,
+    in_steps,
+    joined,
+    line,
+    require_positive,
+    require_share,
+    sampled,
+)
 
 Decay = Literal["linear", "cosine", "1-sqrt", "inverse"]
 
 DECAYS: dict[Decay, Callable[[float, float], float]] = {
-    "linear": lambda q, minimum: 1 - (1 - minimum) * q,
-    "cosine": lambda q, minimum: minimum + (1 - minimum) * (1 + math.cos(math.pi * q)) / 2,
+    "linear": line,
+    "cosine": half_cosine,
     "1-sqrt": lambda q, minimum: 1 - (1 - minimum) * math.sqrt(q),
     "inverse": lambda q, minimum: 1 / (q / minimum + 1 - q),
 }
