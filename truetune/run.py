@@ -420,7 +420,8 @@ def export(folder: Path, kind: str, to: Path | None = None, step: int | None = N
             print(note, file=sys.stderr)
     else:
         if step not in (kept := checkpoints.steps()):
-            raise UserError(f"{folder} kept no checkpoint of step {step}; choose one of {', '.join(map(str, kept))}")
+            others = ", ".join(map(str, kept)) or "none"
+            raise UserError(f"{folder} kept no checkpoint of step {step} (of these: {others}); choose one of them")
         job.trainer.resume(step)
         note = f"these are the weights of step {step}, not those that the run ended with"
         target = to or target.with_name(f"{target.name}-step-{step}")

@@ -328,7 +328,7 @@ def test_refined_takes_the_norm_that_is_asked_for_and_leaves_out_what_is_not_fin
 
 
 def test_the_median_is_of_those_around_and_mirrored_at_the_end() -> None:
-    found = np.random.default_rng(0).random(41)
+    found = np.append(np.random.default_rng(0).random(40), 2.0)
     beyond = [found[0]] * 2 + list(found) + list(found[-2:-4:-1])
     assert median(found, 5).tolist() == [sorted(beyond[t : t + 5])[2] for t in range(41)]
     assert median(found, 1).tolist() == found.tolist()
