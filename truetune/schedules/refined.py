@@ -73,6 +73,8 @@ def refine(norms: np.ndarray, power: int, smoothing: float) -> np.ndarray:
 
 
 def median(values: np.ndarray, width: int) -> np.ndarray:
-    """Median of the ``width`` (odd) values around each; before the first is the first, after the last the mirror."""
+    """Median of the ``width`` (odd) values around each; before the first is the first, after the last the mirror,
+    in which the last is not repeated.
+    """
     extended = np.pad(np.pad(values, (0, 2 * width), mode="reflect"), (width // 2, 0), mode="edge")
     return np.median(np.lib.stride_tricks.sliding_window_view(extended, width), axis=-1)[: len(values)]
