@@ -33,7 +33,7 @@ from truetune.objectives.next_token import NextToken
 from truetune.optim import OPTIMIZERS, parameter_groups
 from truetune.recipe import Recipe
 from truetune.rows import Part, Side, build_renderer, build_stream, choose_rows, sources_of, tokenized
-from truetune.schedules import SCHEDULES, with_warmup
+from truetune.schedules import SCHEDULES, Plan, ends_of, with_warmup
 from truetune.training.checkpoint import Checkpoints
 from truetune.training.evaluate import Evaluator, Sampler
 from truetune.training.patience import existing
@@ -86,7 +86,8 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
         if source.weight * len(part.documents) * stream.epochs < 0.5
     ]
     steps = len(stream)
-    shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options)
+    known = Plan(recipe.optimizer.rate, stream.tokens_at, stream.documents / steps)
+    shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options, plan=known)
     optimizer = registry.bind("optimizer", OPTIMIZERS, recipe.optimizer.name, recipe.optimizer.options)
     ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
     groups = parameter_groups(model.trainable().items(), recipe.optimizer.rate, ratio)
@@ -102,7 +103,7 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
         model=model,
         objective=objective,
         optimizer=_built(optimizer, groups, recipe),
-        schedule=with_warmup(shape, steps, recipe.schedule.warmup),
+        schedule=with_warmup(shape, steps, recipe.schedule.warmup, recipe.schedule.warmup_from),
         documents=train.documents,
         stream=stream,
         clip=recipe.train.clip,
@@ -188,6 +189,7 @@ def disk_need(job: Job) -> int:
     lora, merged, gguf = recipe.adapter.method == "lora", recipe.output.merged, recipe.output.gguf is not None
     moments = 2 * trained
     checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.keep_best  # one more while it is written
+    checkpoints += len(ends_of(job.trainer.schedule))
     weights = (kept + whole * merged if lora else whole) + whole * gguf
     files = [f for f in job.loaded.folder.iterdir() if f.suffix in (".json", ".jinja", ".txt", ".model")]
     words = sum(f.stat().st_size for f in files) * (1 + (lora and merged))

@@ -32,6 +32,14 @@ def parts(kind: str) -> Iterator[Row]:
         yield name, "works", _purpose(function), options, _file(function)
 
 
+def schedules() -> Iterator[Row]:
+    """As ``parts``, with each drawn."""
+    from truetune.report.shapes import blocks, factors
+
+    for name, state, *rest in parts("schedule"):
+        yield name, state, blocks(factors(name)), *rest
+
+
 def formats() -> Iterator[Row]:
     """What a row may be: name, state, its columns, what is learned, file."""
     from truetune.data.formats import FORMATS
@@ -110,7 +118,7 @@ SHOWN: dict[str, Callable[[], Iterator[Row]]] = {
     "sources": sources,
     "families": families,
     "optimizers": lambda: parts("optimizer"),
-    "schedules": lambda: parts("schedule"),
+    "schedules": schedules,
     "recipes": recipes,
     "keys": keys,
 }

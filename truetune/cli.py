@@ -222,6 +222,9 @@ def export(
     gguf: Annotated[
         str | None, typer.Option("--gguf", metavar="TYPE", help="A GGUF file of type f32, f16, bf16 or q8_0.")
     ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", min=1, help="A checkpoint that was kept; default: the best.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="Where to write it.")] = None,
     quiet: Quiet = False,
     json: Json = False,
@@ -235,7 +238,7 @@ def export(
     from truetune.run import export as run_export
 
     with _standard_output(json) as stream:
-        done = run_export(run, f"gguf-{gguf}" if gguf else "adapter" if merged is False else "merged", to)
+        done = run_export(run, f"gguf-{gguf}" if gguf else "adapter" if merged is False else "merged", to, step)
     if stream:
         _print_json(stream, asdict(done) | {"passed": done.passed})
     elif quiet:
@@ -318,7 +321,6 @@ TABLES = {
     "sources": "Where rows may come from.",
     "families": "Families of models that were trained beside a plain loop, and what was found.",
     "optimizers": "Names for optimizer.name, with the options of each and their defaults.",
-    "schedules": "Names for schedule.name, with the options of each and their defaults.",
     "recipes": "The ready recipes, and what each is for.",
     "keys": "Every key that a recipe may have, what it may be, its default and its meaning.",
 }
@@ -336,6 +338,19 @@ def _show(name: str) -> Callable[[], None]:
 
 for _name, _purpose in TABLES.items():
     show.command(_name, help=_purpose)(_show(_name))
+
+
+@show.command()
+def schedules(
+    to: Annotated[Path | None, typer.Option("--to", metavar="FILE.svg", help="Also draw them as a picture.")] = None,
+) -> None:
+    """Names for schedule.name, drawn with a warm-up, with the options of each and their defaults."""
+    _show("schedules")()
+    if to:
+        from truetune.report.shapes import write_picture
+
+        write_picture(to)
+        typer.echo(f"picture  {to}")
 
 
 @show.command()

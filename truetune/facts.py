@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import psutil
 import torch
 from peft import LoraConfig, PeftModel
@@ -197,7 +198,7 @@ def require_same_base(facts: Facts, job: Job) -> None:
 
 
 def require_same_run(facts: Facts, job: Job) -> None:
-    """Raise UserError where the rest of the run would be one of other documents or of another precision."""
+    """Raise UserError where the rest of the run would be one of other documents, rates or another precision."""
     for side, part in (("train", job.train), ("evaluation", job.evaluation)):
         then, here = facts.values["data"][side], asdict(part.report)
         if then["digest"] != here["digest"]:
@@ -208,12 +209,23 @@ def require_same_run(facts: Facts, job: Job) -> None:
                 "template, or start a new run if they print what changes, such as the date"
             )
     require_same_adapter(facts, job)
+    require_same_rates(facts, job)
     then, here = facts.values["model"]["precision"], model_facts(job)["precision"]
     if then != here:
         name = {"float32": "fp32", "bfloat16": "bf16"}.get(then, then)
         raise UserError(
             f"the run began in {then} and would go on in {here}; write model.precision: {name} into "
             f"{facts.file.with_name('recipe.yaml')}"
+        )
+
+
+def require_same_rates(facts: Facts, job: Job) -> None:
+    """Raise UserError unless every rate is as planned: a schedule may rest on another run's folder."""
+    then, here = (np.array(planned["schedule"]) for planned in (facts.values["plan"], plan(job)))
+    if then.shape != here.shape or not np.allclose(then, here, rtol=1e-9, atol=0):
+        raise UserError(
+            f"the rates are others than those that the run began with; restore "
+            f"{facts.file.with_name('recipe.yaml')} and what its schedule is made from, or start a new run"
         )
 
 

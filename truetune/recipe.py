@@ -163,6 +163,9 @@ class Schedule(Named):
 
     name: str = Field("linear", description="of truetune show schedules, or your own as module:attribute")
     warmup: float = Field(0.05, ge=0, description="below 1 a share of the run, else steps")
+    warmup_from: float = Field(
+        0.0, ge=0, lt=1, description="share of the peak that it rises from; to go on, where the earlier run ended"
+    )
 
 
 class Train(Part):
@@ -270,6 +273,12 @@ class Recipe(Part):
                 f"adapter.init=pissa does not go with adapter.{started}, {reason[started]}; remove one of them",
                 "adapter.init",
                 f"adapter.{started}",
+            )
+        if self.schedule.warmup_from and not self.schedule.warmup:
+            raise _conflict(
+                "schedule.warmup_from means nothing with schedule.warmup=0; remove it, or give the warm-up a length",
+                "schedule.warmup_from",
+                "schedule.warmup",
             )
         other = next((k for k in ("source", "split") if getattr(self.evaluation, k) is not None), None)
         if other and "fraction" in held_out:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -26,6 +27,9 @@ from truetune.errors import UserError
 
 SUPPLIED = {"optimizer": ("groups", "rate"), "schedule": ("total",)}
 """Kind -> the leading arguments that the program passes itself, by position; their names are free."""
+
+OFFERED = {"optimizer": (), "schedule": ("plan",)}
+"""Kind -> further arguments of the program's, by name, for what has a parameter of that name."""
 
 _WORDS = {
     "a valid boolean": "true or false",
@@ -57,10 +61,11 @@ def resolve(kind: str, table: Mapping[str, Callable[..., Any]], name: str) -> Ca
 
 
 def bind(
-    kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: Mapping[str, Any]
+    kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: Mapping[str, Any], **offered: Any
 ) -> Callable[..., Any]:
     """What ``name`` stands for with its options bound; to be called with the arguments of ``SUPPLIED``.
 
+    offered: the arguments of ``OFFERED``; what has no such parameter goes without.
     Options come in the types that the signature asks for: an int as a float, a list as a tuple.
     Raises UserError as ``resolve`` does, and for options with the first fault and the number of the others.
     """
@@ -69,7 +74,9 @@ def bind(
     if found:
         raise UserError(and_more(found))
     known = user_options(kind, name, function)
-    return partial(function, **{key: _convert(known[key], value) for key, value in options.items()})
+    chosen = {key: _convert(known[key], value) for key, value in options.items()}
+    wanted = inspect.signature(function).parameters.keys() & OFFERED[kind]
+    return partial(function, **chosen, **{key: offered[key] for key in wanted})
 
 
 def faults(kind: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, str]:
@@ -93,7 +100,7 @@ def faults(kind: str, name: str, function: Callable[..., Any], options: Mapping[
 
 
 def user_options(kind: str, name: str, function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters that a recipe may set: all but the leading ones, which the program supplies.
+    """The parameters that a recipe may set: all but those that the program supplies.
 
     Raises UserError when there are fewer than it supplies, or no signature to see (some builtins).
     """
@@ -110,8 +117,14 @@ def user_options(kind: str, name: str, function: Callable[..., Any]) -> dict[str
     return {
         key: parameter
         for key, parameter in signature.parameters.items()
-        if key not in leading and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if key not in (*leading, *OFFERED[kind])
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
+
+
+def paths(kind: str, name: str, function: Callable[..., Any]) -> list[str]:
+    """The options that are paths, as annotated."""
+    return [key for key, option in user_options(kind, name, function).items() if option.annotation is Path]
 
 
 def suggestion(name: str, allowed: Collection[str]) -> str:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import truetune
+from truetune import registry, spelling
 from truetune import report as pages
-from truetune import spelling
 from truetune.assembly import Job, assemble, pick_device, pick_dtype, require_space
 from truetune.data.template import bounded, render
 from truetune.errors import UserError
@@ -159,10 +159,14 @@ def anchored(recipe: Recipe) -> Recipe:
 
     several = tuple(part.model_copy(update={"source": absolute(part.source)}) for part in recipe.data.sources)
     started = {"path": absolute(recipe.adapter.path)} if recipe.adapter.path else {}
+    schedule = recipe.schedule
+    function = registry.resolve("schedule", spelling.table("schedule"), schedule.name)
+    written = schedule.options.keys() & registry.paths("schedule", schedule.name, function)
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"path": absolute(recipe.model.path)}),
             "adapter": recipe.adapter.model_copy(update=started),
+            "schedule": schedule.model_copy(update={key: absolute(schedule.options[key]) for key in written}),
             "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source), "sources": several}),
             "evaluation": recipe.evaluation.model_copy(update={"source": absolute(recipe.evaluation.source)}),
         }
@@ -393,8 +397,11 @@ def generate(path: Path, prompts: Iterable[str], max_tokens: int) -> Iterator[st
         yield str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def export(folder: Path, kind: str, to: Path | None = None) -> Export:
-    """Write ``kind`` ("adapter", "merged", "gguf-TYPE") of a run from its best or newest checkpoint; read it back."""
+def export(folder: Path, kind: str, to: Path | None = None, step: int | None = None) -> Export:
+    """Write ``kind`` ("adapter", "merged", "gguf-TYPE") of a run and read it back.
+
+    step: of the checkpoint, which the run must have kept; the default is the best or the newest.
+    """
     facts = _facts_of(folder)
     if to and not _is_free(to):
         raise UserError(f"{to} already holds something; name another folder with --to")
@@ -403,15 +410,23 @@ def export(folder: Path, kind: str, to: Path | None = None) -> Export:
     require_same_adapter(facts, job)
     checkpoints = job.trainer.checkpoints
     assert checkpoints
-    step, refused = checkpoints.newest()
-    _tell(refused)
-    job.trainer.resume(step)
-    if lost := job.trainer.take_best():
-        print(lost, file=sys.stderr)
     kind = kind if facts.values["model"]["adapter"] or kind.startswith("gguf-") else "model"
     target = to or place_of(folder, kind)
+    if step is None:
+        newest, refused = checkpoints.newest()
+        _tell(refused)
+        job.trainer.resume(newest)
+        if note := job.trainer.take_best():
+            print(note, file=sys.stderr)
+    else:
+        if step not in (kept := checkpoints.steps()):
+            others = ", ".join(map(str, kept)) or "none"
+            raise UserError(f"{folder} kept no checkpoint of step {step} (of these: {others}); choose one of them")
+        job.trainer.resume(step)
+        note = f"these are the weights of step {step}, not those that the run ended with"
+        target = to or target.with_name(f"{target.name}-step-{step}")
     with _refusals_explained(folder), ended_by_signals(f"stopped before {target} was complete"):
-        return patiently(partial(_export, job, kind, folder, target, facts, lost), target)
+        return patiently(partial(_export, job, kind, folder, target, facts, note), target)
 
 
 def report(folder: Path) -> Path:

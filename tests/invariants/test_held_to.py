@@ -236,6 +236,10 @@ def test_empty_answers_are_counted_and_shown(my_model: Path, tmp_path: Path) -> 
             ("evaluation.split=test", "evaluation.fraction=0.05"),
             "evaluation.fraction means nothing with evaluation.split",
         ),
+        (
+            ("schedule.warmup=0", "schedule.warmup_from=0.1"),
+            "schedule.warmup_from means nothing with schedule.warmup=0",
+        ),
         (("model.revision=main",), "model.revision is for the hub, but .* is on this machine; remove model.revision"),
     ],
 )

@@ -54,8 +54,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         asked.append(("generate", path, list(prompts), max_tokens))
         yield from (f"answer to {prompt}" for prompt in prompts)
 
-    def export(folder, kind, to=None):
-        asked.append(("export", folder, kind, to))
+    def export(folder, kind, to=None, step=None):
+        asked.append(("export", folder, kind, to, step))
         return Export(kind, "out", 1e-3, 2e-3)
 
     def report(folder):
@@ -113,9 +113,11 @@ def test_prompts_come_from_options_or_lines(calls: list[tuple[Any, ...]]) -> Non
 def test_export_and_report(calls: list[tuple[Any, ...]]) -> None:
     assert invoke("export", "runs/a").exit_code == 0
     assert invoke("export", "runs/a", "--adapter", "--to", "out").exit_code == 0
+    assert invoke("export", "runs/a", "--step", "3").exit_code == 0
     assert calls == [
-        ("export", Path("runs/a"), "merged", None),
-        ("export", Path("runs/a"), "adapter", Path("out")),
+        ("export", Path("runs/a"), "merged", None, None),
+        ("export", Path("runs/a"), "adapter", Path("out"), None),
+        ("export", Path("runs/a"), "merged", None, 3),
     ]
     assert invoke("report", "runs/a").stdout == "runs/a/report.html\n"
 

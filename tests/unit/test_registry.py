@@ -33,7 +33,12 @@ def demanding(total: int, *, needed: float):
     return total, needed
 
 
-TABLE = {"falling": falling, "demanding": demanding}
+def knowing(total: int, *, plan: str, floor: float = 0.0):
+    """Asks for what the program knows."""
+    return total, plan, floor
+
+
+TABLE = {"falling": falling, "demanding": demanding, "knowing": knowing}
 
 
 @pytest.fixture
@@ -86,6 +91,13 @@ def test_a_wrong_option_is_one_sentence(options: dict[str, object], says: str) -
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_the_program_knows_reaches_whatever_asks_for_it_and_is_no_option() -> None:
+    assert registry.bind("schedule", TABLE, "knowing", {"floor": 1}, plan="known")(7) == (7, "known", 1.0)
+    assert registry.bind("schedule", TABLE, "falling", {}, plan="known")(7) == falling(7)
+    with pytest.raises(UserError, match='has no option "plan"; use one of floor'):
+        registry.bind("schedule", TABLE, "knowing", {"plan": "mine"}, plan="known")
+
+
 def test_an_option_without_default_must_be_given() -> None:
     with pytest.raises(UserError, match=r'needs the option "needed"; add schedule\.needed='):
         registry.bind("schedule", TABLE, "demanding", {})
@@ -97,7 +109,7 @@ def test_an_option_without_default_must_be_given() -> None:
     [
         (
             "fallling",
-            'unknown schedule "fallling" (did you mean "falling"?); use one of falling, demanding, or',
+            'unknown schedule "fallling" (did you mean "falling"?); use one of falling, demanding, knowing, or',
         ),
         ("own_parts:faling", '(did you mean "falling"?)'),
         ("own_parts:number", "is a int; name a function"),

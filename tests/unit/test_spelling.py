@@ -303,6 +303,7 @@ SECTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "schedule": {
         "name": st.just("own_shapes:shape"),
         "warmup": positive,
+        "warmup_from": st.floats(0, 0.99),
         "word": text,
         "words": st.lists(text),
         "size": st.none() | positive | count,

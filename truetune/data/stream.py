@@ -29,7 +29,8 @@ class Stream:
     document included) ends the run; the default is one epoch. The last step of a run by epochs or tokens
     may be short.
 
-    Attributes: ``tokens`` and ``documents`` of the whole run, ``epochs`` as a fraction.
+    Attributes: ``tokens`` and ``documents`` of the whole run, ``epochs`` as a fraction; ``tokens_at``, the tokens of
+    the run up to the end of each step.
     Raises UserError if there is no document or one does not fit a micro-batch, ValueError if more than one
     of epochs, steps and tokens is given or the sources are not of these lengths.
     """
@@ -61,7 +62,8 @@ class Stream:
         limit = None
         if steps is None and tokens is None:
             limit = max(1, self._before(1.0 if epochs is None else epochs))
-        self._ends, self.tokens = self._lay_out(steps, limit, tokens)
+        self._ends, self.tokens_at = self._lay_out(steps, limit, tokens)
+        self.tokens = self.tokens_at[-1]
         self.documents = self._ends[-1]
         self.epochs = self.documents / self._rate
 
@@ -110,9 +112,10 @@ class Stream:
     def _order(self, epoch: int) -> np.ndarray:
         return _order(self.seed, epoch, self.sources)
 
-    def _lay_out(self, steps: int | None, limit: int | None, tokens: int | None) -> tuple[list[int], int]:
-        """Documents of the run before the end of each step, until so many steps, documents or tokens; its tokens."""
+    def _lay_out(self, steps: int | None, limit: int | None, tokens: int | None) -> tuple[list[int], list[int]]:
+        """Documents and tokens of the run up to the end of each step, until so many steps, documents or tokens."""
         ends: list[int] = []
+        counts: list[int] = []
         reached = before = first = epoch = 0
         while True:
             totals = before + self.lengths[self._order(epoch)].cumsum()
@@ -122,13 +125,14 @@ class Stream:
             while True:
                 last = int(np.searchsorted(totals, reached + self.tokens_per_step))
                 if limit is not None and first + min(last + 1, documents) >= limit:
-                    return [*ends, limit], int(totals[limit - first - 1])
+                    return [*ends, limit], [*counts, int(totals[limit - first - 1])]
                 if last == documents:  # the step runs on into the next epoch
                     break
                 ends.append(first + last + 1)
                 reached = int(totals[last])
+                counts.append(reached)
                 if len(ends) == steps:
-                    return ends, reached
+                    return ends, counts
             before = int(totals[-1]) if documents else before
             first += documents
             epoch += 1

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,11 @@ class Checkpoints:
         step: int,
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
-        spare: int | None = None,
+        spare: Collection[int] = (),
     ) -> Path:
         """Write one safetensors file per entry of ``tensors`` and ``state`` as JSON, then drop old ones.
 
-        spare: a step whose checkpoint stays whatever its age. An intact checkpoint of the same step is kept.
+        spare: steps whose checkpoints stay whatever their age. An intact checkpoint of the same step is kept.
         Waits while the disk is full.
         """
         target = self.path(step)
@@ -116,7 +116,7 @@ class Checkpoints:
             need = sum(t.nbytes for group in tensors.values() for t in group.values())
             patiently(lambda: _write(target, tensors, state), target, need)
         for old in self.steps()[: -self.keep]:
-            if old not in (spare, step):
+            if old not in (*spare, step):
                 _discard(self.path(old))
         return target
 

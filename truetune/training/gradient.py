@@ -17,6 +17,9 @@ from truetune.errors import UserError
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
 
+_PIECE = 1 << 20
+"""Elements of a gradient that are added up at a time."""
+
 
 class NonFinite(UserError):
     """Loss or gradient is NaN or infinite; no weight has been touched."""
@@ -53,6 +56,19 @@ def accumulate(model: CausalLM, objective: Objective, batches: Sequence[Batch]) 
 def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm over all gradients, in the gradients' dtype (fp32 by contract)."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def l1_of(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L1 norm over all gradients, a double.
+
+    In pieces that stay in the processor's cache: on CPUs torch's own ``norm(1)`` adds up one by one in fp32, which
+    over 4e7 equal values is 7 % short, and several times as slow.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if any(g.is_cuda for g in gradients):  # there it is a tree of sums, and one launch for all
+        return nn.utils.get_total_norm(gradients, 1.0).double()
+    pieces = [piece.abs().sum() for g in gradients for piece in g.flatten().split(_PIECE)]
+    return torch.stack(pieces).double().sum() if pieces else torch.zeros((), dtype=torch.float64)
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float | None, norm: Tensor) -> None:

@@ -48,7 +48,7 @@ class Step:
     """One optimizer step.
 
     loss is the mean over the step's target tokens, weighted where they have weights, before the update (nats);
-    gradient_norm the L2 norm before clipping;
+    gradient_norm and gradient_norm_l1 the L2 and the L1 norm before clipping (older records have no L1);
     rate the learning rate of the group that is furthest from its plan (else of the
     fastest), as the optimizer used it, and planned what
     the schedule says it should be; seconds the wall time of the step;
@@ -71,6 +71,7 @@ class Step:
     memory: int
     tokens_per_second: float | None
     router_loss: float | None = None
+    gradient_norm_l1: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint was completed; ``reason`` is "schedule", "time", "best", "end" or "interrupted"."""
+    """A checkpoint was completed; ``reason`` is "schedule", "time", "best", "budget", "end" or "interrupted"."""
 
     kind: ClassVar[str] = "saved"
     step: int

@@ -146,7 +146,7 @@ def _scalars(record: Record) -> Iterator[tuple[str, float]]:
     names: tuple[str, ...] = ()
     match record:
         case Step():
-            names = ("loss", "router_loss", "rate", "gradient_norm", "tokens_per_second", "memory")
+            names = ("loss", "router_loss", "rate", "gradient_norm", "gradient_norm_l1", "tokens_per_second", "memory")
         case Evaluation():
             names = ("loss", "perplexity", "accuracy")
     for name in names:

@@ -28,10 +28,10 @@ from truetune.errors import UserError
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
 from truetune.optim import set_rate
-from truetune.schedules import Schedule
+from truetune.schedules import Schedule, ends_of
 from truetune.training.checkpoint import Checkpoints, atomic_folder
 from truetune.training.evaluate import Evaluator, Sampler
-from truetune.training.gradient import NonFinite, accumulate, clip, norm_of, require_finite
+from truetune.training.gradient import NonFinite, accumulate, clip, l1_of, norm_of, require_finite
 from truetune.training.integrity import Fingerprint, fingerprints, integrity
 from truetune.training.patience import patiently
 from truetune.training.record import BEST_LOST, Alarm, Checks, Evaluation, Record, Samples, Saved, Step, Verdict
@@ -51,7 +51,8 @@ class Halted(BaseException):
 class Trainer:
     """One run. All parts are plain; ``truetune.assemble`` builds them from a recipe.
 
-    schedule: step (from 0) -> factor on the peak rates of the optimizer's groups.
+    schedule: step (from 0) -> factor on the peak rates of the optimizer's groups. Where it is at an end (``Staged``)
+              the run is evaluated and saved, and that checkpoint stays.
     stream:   which documents make up which step.
     preflight: checks made before the first step, or None.
     evaluate_every, save_every: steps; the last step is always evaluated and saved. save_minutes: the first step that
@@ -175,10 +176,11 @@ class Trainer:
         means = accumulate(self.model, self.objective, batches)
         loss, router = float(means), None if means.router is None else float(means.router)
         norm = norm_of(parameters)
+        l2, l1 = torch.stack([norm, l1_of(parameters)]).tolist()  # at once, since a GPU is waited for
         try:
-            require_finite(loss, float(norm), self.step + 1)
+            require_finite(loss, l2, self.step + 1)
         except NonFinite as error:
-            raise NonFinite(f"{error}; {self._bundle(batches, loss, float(norm), random_state)}") from None
+            raise NonFinite(f"{error}; {self._bundle(batches, loss, l2, random_state)}") from None
         clip(parameters, self.clip, norm)
         factor = self.schedule(self.step)
         set_rate(self.optimizer, factor)
@@ -194,7 +196,8 @@ class Trainer:
             router_loss=router,
             rate=furthest["lr"],
             planned=factor * furthest["peak"],
-            gradient_norm=float(norm),
+            gradient_norm=l2,
+            gradient_norm_l1=l1,
             tokens=tokens,
             targets=sum(int((b.labels != IGNORE).sum()) for b in batches),
             documents=sum(len(b.lengths) for b in batches),
@@ -207,7 +210,8 @@ class Trainer:
     def _due(self) -> list[str]:
         """What is to be looked at after this step, as kinds of records."""
         last = self.step == len(self.stream)
-        if not (last or self.step == 0 or (self.evaluate_every and self.step % self.evaluate_every == 0)):
+        ends = (0, *ends_of(self.schedule))
+        if not (last or self.step in ends or (self.evaluate_every and self.step % self.evaluate_every == 0)):
             return []
         return ["evaluation"] * bool(self.evaluator) + ["samples"] * bool(self.sampler and not last)
 
@@ -235,6 +239,8 @@ class Trainer:
             return
         if self.step == len(self.stream):
             yield from self._save("end")
+        elif self.step in ends_of(self.schedule):
+            yield from self._save("budget")
         elif self.save_every and self.step % self.save_every == 0:
             yield from self._save("schedule")
         elif time.monotonic() - self._saved >= 60 * self.save_minutes:
@@ -246,7 +252,7 @@ class Trainer:
         if self.checkpoints:
             tensors, state = self.state()
             _require_finite(tensors, self.step)
-            spare = self.best.step if self.best and self.keep_best else None
+            spare = {*ends_of(self.schedule), *([self.best.step] if self.best and self.keep_best else ())}
             yield Saved(self.step, str(self.checkpoints.save(self.step, tensors, state, spare)), reason)
         self._saved = time.monotonic()
 

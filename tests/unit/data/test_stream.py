@@ -49,6 +49,7 @@ def test_steps_are_the_shortest_that_reach_their_tokens(
     assert all(sum(size) - size[-1] < per_step for size in sizes)
     assert all(sum(size) >= per_step for size in sizes[:-1])
     assert run.documents == len(order) and run.tokens == sum(map(sum, sizes))
+    assert run.tokens_at == [sum(map(sum, sizes[: t + 1])) for t in range(len(run))]
     assert run.epochs == len(order) / len(lengths)
     for start in range(0, len(order), len(lengths)):
         epoch = order[start : start + len(lengths)]

@@ -23,7 +23,7 @@ def save(checkpoints, step, **options):
 def test_round_trip_and_retention(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(1, 6):
-        save(checkpoints, step, spare=1)
+        save(checkpoints, step, spare=(1,))
     assert checkpoints.steps() == [1, 4, 5]
     tensors, state = checkpoints.load(4)
     assert torch.equal(tensors["weights"]["w"], torch.full((3,), 4.0))
