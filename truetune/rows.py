@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from truetune.cache import cache_folder
 from truetune.data import dataset, files, sources
 from truetune.data.batch import Document
 from truetune.data.chat import Renderer
@@ -20,7 +21,6 @@ from truetune.data.documents import end_to_end, lengths
 from truetune.data.sources import Rows
 from truetune.data.stream import Stream
 from truetune.errors import UserError
-from truetune.models.load import cache_folder
 from truetune.recipe import Recipe, Source
 
 SOURCE_KEY = "truetune.source"

@@ -27,6 +27,11 @@ OPTIONS: list[dict[str, Any]] = [
 SCALE = 0.3
 
 
+@pytest.fixture(autouse=True)
+def _torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUETUNE_OFF", "native_attention")  # it has tests of its own
+
+
 def eager(
     q: Tensor,
     k: Tensor,

@@ -1,9 +1,10 @@
 """Attention over documents that stand end to end: causal inside each, nothing between them.
 
 Packed without padding and without a [T, T] mask: each document is attended on its own, so isolation is
-structural, not numerical. The plain case runs torch's fused attention (flash on CPU and GPU, grouped-query
-without repeated keys). A sliding window goes over blocks of queries, each with only the keys it can see.
-Soft cap (Gemma 2) and sinks (GPT-OSS) have no fused kernel in torch and run as explicit fp32 softmax.
+structural, not numerical. On a CPU a kernel of our own (``native/``) does what it can. Else the plain case runs
+torch's fused attention (flash on CPU and GPU, grouped-query without repeated keys). A sliding window goes over
+blocks of queries, each with only the keys it can see. Soft cap (Gemma 2) and sinks (GPT-OSS) have no fused kernel
+in torch and run as explicit fp32 softmax.
 
 Left out: bidirectional and chunked attention, keys from a cache.
 Shape suffixes: H query heads, K key heads (K divides H), T tokens of the pack, L of one document, B of one
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from truetune.kernels.native.attention import attends, attention
 from truetune.kernels.op import Op, compute_dtype, statistics_dtype
 
 SHORT = 256
@@ -54,7 +56,26 @@ def packed_attention(
     return _explicit(q_HTd, k_KTd, v_KTe, seen_TT, scale, softcap, sinks_H, dropout)
 
 
-@packed_attention.on("cpu", "cuda")
+@packed_attention.on("cpu")
+def _native(
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    v_KTe: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    dtype = compute_dtype(q_HTd, k_KTd)
+    if sinks_H is not None or dropout or not attends(dtype, q_HTd.shape[-1], v_KTe.shape[-1]):
+        return _by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout)
+    _check(q_HTd, k_KTd, lengths)
+    return attention(q_HTd.to(dtype), k_KTd.to(dtype), v_KTe.to(dtype), lengths, scale, window, softcap)
+
+
+@packed_attention.on("cuda")
 def _by_document(
     q_HTd: Tensor,
     k_KTd: Tensor,

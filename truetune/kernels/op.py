@@ -2,7 +2,7 @@
 
 The equal is chosen at each call by the device of the first tensor argument, so a model may move between
 devices. ``TRUETUNE_REFERENCE=1`` forces the reference everywhere: the first thing to try when a figure
-looks wrong. A device without an equal runs the reference.
+looks wrong. A device without an equal runs the reference. ``TRUETUNE_OFF=name,name`` turns off single fast paths.
 """
 
 from __future__ import annotations
@@ -15,8 +15,22 @@ from typing import Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from truetune.errors import UserError
+
 P = ParamSpec("P")
 R = TypeVar("R")
+
+FAST_PATHS = {"native_attention": "attention compiled for this processor; without it torch's own"}
+"""Name of what ``TRUETUNE_OFF`` can turn off -> what it is."""
+
+
+def is_on(fast_path: str) -> bool:
+    """Whether ``TRUETUNE_OFF`` leaves it on. Raises UserError if that names what is no fast path."""
+    off = {name.strip() for name in os.environ.get("TRUETUNE_OFF", "").split(",")} - {""}
+    if unknown := sorted(off - FAST_PATHS.keys()):
+        known = ", ".join(FAST_PATHS)
+        raise UserError(f"TRUETUNE_OFF names {unknown[0]}, which is no fast path; choose from {known}, or unset it")
+    return fast_path not in off
 
 
 class Op(Generic[P, R]):

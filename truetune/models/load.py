@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -32,6 +31,7 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
+from truetune.cache import cache_folder
 from truetune.errors import UserError
 from truetune.models.find import find
 
@@ -228,12 +228,6 @@ def weights_digest(folder: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $TRUETUNE_CACHE, or truetune in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "truetune"
-    return Path(os.environ.get("TRUETUNE_CACHE") or default)
 
 
 def _unpacked(file: Path) -> Path:

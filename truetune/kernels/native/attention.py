@@ -1,0 +1,55 @@
+"""Attention compiled for this processor (``attention.cpp``), as a function that autograd knows.
+
+Left out, and told by ``attends``: sinks, dropout, float64 and half precision, head sizes that are no multiple of
+8 or above 256, second derivatives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from truetune.kernels.native.build import kernels
+from truetune.kernels.op import is_on
+
+LARGEST = 256
+"""Size of a head, at most."""
+
+
+def attends(dtype: torch.dtype, size: int, values: int) -> bool:
+    """Whether heads of these sizes can be attended in this dtype, here."""
+    sizes = all(0 < n <= LARGEST and n % 8 == 0 for n in (size, values))
+    return sizes and dtype in (torch.float32, torch.bfloat16) and is_on("native_attention") and kernels() is not None
+
+
+def attention(
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    v_KTe: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    library: Any = None,
+) -> Tensor:
+    """``packed_attention`` of tensors of one dtype on the CPU; library: other operations than those of ``kernels``."""
+    options = (lengths, scale, window or max(1, q_HTd.shape[1]), softcap or 0.0)
+    out: Tensor = _Attention.apply(library or kernels(), options, q_HTd, k_KTd, v_KTe)
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, library: Any, options: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = library.attention_forward(q, k, v, *options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.library, ctx.options = library, options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.library.attention_backward(dout, *ctx.saved_tensors, *ctx.options)
