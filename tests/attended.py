@@ -11,7 +11,7 @@ from truetune.kernels.native.attention import attention
 
 PACKS = [(1,), (13,), (1, 1, 8, 8), (150, 3)]
 LONG = (256, 3, 700)
-HEADS = [(6, 2, 64, 64), (9, 3, 80, 80), (14, 2, 96, 64), (8, 8, 128, 8)]
+HEADS = [(6, 2, 64, 64), (9, 3, 80, 80), (14, 2, 96, 64), (8, 8, 128, 8), (2, 1, 8, 256), (2, 1, 256, 8)]
 """Query heads, key heads, size of a query head, of a value head."""
 OPTIONS: list[dict[str, Any]] = [
     {"window": 1},

@@ -161,7 +161,7 @@ def _compiler() -> Finding:
     mend = {"darwin": "xcode-select --install", "win32": "winget install LLVM.LLVM"}.get(
         sys.platform, "apt install g++"
     )
-    return Finding("note", "compiler", f"none; nothing here needs one yet, only torch.compile would: {mend}")
+    return Finding("note", "compiler", f"none; attention on a CPU is then torch's own, which is slower: {mend}")
 
 
 def _version(name: str) -> str | None:

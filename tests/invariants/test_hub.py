@@ -31,6 +31,7 @@ def ask(tmp_path: Path, asked: list[str]) -> Iterator[Ask]:
     write_rows(tmp_path / "rows" / "test.jsonl", chats()[:4])
     with serving({"models/us/tiny": tmp_path / "model", "datasets/us/rows": tmp_path / "rows"}, asked) as address:
         places = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "TRUETUNE_CACHE": str(tmp_path / "cache")}
+        places["TRUETUNE_OFF"] = "native_attention"  # which a cache of its own would have compiled anew
         environment = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")} | places
 
         def command(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:

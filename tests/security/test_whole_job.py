@@ -14,6 +14,7 @@ import pytest
 from folders import chats, facts, keys, write_model, write_rows
 
 import truetune
+from truetune.kernels.native import attention, build
 
 WATCHED = Path(__file__).with_name("watched.py")
 CANARY = "cAnArY-31415926535"
@@ -38,8 +39,13 @@ class Session:
     printed: str
 
 
-def session(place: Path, *commands: Iterable[str], around: Iterable[str] = ()) -> Session:
-    """Run the commands with secrets in the environment, and with no word that forbids the network."""
+def session(
+    place: Path, *commands: Iterable[str], around: Iterable[str] = (), off: str = "native_attention"
+) -> Session:
+    """Run the commands with secrets in the environment, and with no word that forbids the network.
+
+    off: fast paths that are not taken; in a home without a cache, attention would be compiled.
+    """
     for name in ("home", "tmp"):
         (place / name).mkdir()
     write_model(place / "model")
@@ -53,7 +59,7 @@ def session(place: Path, *commands: Iterable[str], around: Iterable[str] = ()) -
     done = subprocess.run(
         command,
         cwd=place,
-        env=kept | homes | dict.fromkeys(SECRETS, CANARY),
+        env=kept | homes | {"TRUETUNE_OFF": off} | dict.fromkeys(SECRETS, CANARY),
         capture_output=True,
         text=True,
         timeout=300,
@@ -134,6 +140,24 @@ def test_nothing_is_written_elsewhere(job: Session) -> None:
     # Native code is not audited: look at the folder too.
     assert {p.name for p in job.place.iterdir()} == {"model", "data.jsonl", "home", "tmp", "out", "exported"}
     assert not [p for p in (job.place / "home").rglob("*") if p.is_file()]
+
+
+@pytest.mark.proof
+def test_attention_is_compiled_once_into_the_cache_and_nothing_else_is_run(tmp_path: Path) -> None:
+    place = tmp_path / "job"
+    place.mkdir()
+    short = keys(Path("model"), "data.jsonl", Path("out"), *SHORT)
+    done = session(place, ["train", *short], off="")
+    assert done.codes == [0], done.printed
+    programs = [Path(event[1]).name for event in done.events if event[0] == "subprocess.Popen"]
+    if attention.kernels() is None:
+        pytest.skip("no native attention on this machine")
+    compilers = {Path(name).name for name, *_ in build._compilers()}
+    assert [name for name in programs if name != "uname"] == [c for c in programs if c in compilers]
+    assert sum(name in compilers for name in programs) == 2, "it is compiled, then linked"
+    (file,) = (p for p in (place / "home").rglob("*") if p.is_file())
+    assert file.parent == place / "home" / ".cache" / "truetune" / "native" and file.suffix == ".so"
+    assert not any((place / "tmp").iterdir())
 
 
 def holders(place: Path, text: str) -> list[str]:

@@ -19,10 +19,15 @@ LARGEST = 256
 """Size of a head, at most."""
 
 
+def available() -> bool:
+    """Whether there is a library on this machine, which may have to be compiled first, and nobody turned it off."""
+    return is_on("native_attention") and kernels() is not None
+
+
 def attends(dtype: torch.dtype, size: int, values: int) -> bool:
     """Whether heads of these sizes can be attended in this dtype, here."""
     sizes = all(0 < n <= LARGEST and n % 8 == 0 for n in (size, values))
-    return sizes and dtype in (torch.float32, torch.bfloat16) and is_on("native_attention") and kernels() is not None
+    return sizes and dtype in (torch.float32, torch.bfloat16) and available()
 
 
 def attention(
@@ -36,7 +41,8 @@ def attention(
     library: Any = None,
 ) -> Tensor:
     """``packed_attention`` of tensors of one dtype on the CPU; library: other operations than those of ``kernels``."""
-    options = (lengths, scale, window or max(1, q_HTd.shape[1]), softcap or 0.0)
+    everything = max(1, q_HTd.shape[1])
+    options = (lengths, scale, everything if window is None else window, softcap or 0.0)
     out: Tensor = _Attention.apply(library or kernels(), options, q_HTd, k_KTd, v_KTe)
     return out
 

@@ -31,7 +31,7 @@ struct Backward {
   Index bytes(Index longest) const {
     const Index both = width() + value_width(), slack = 32 * 64;
     const Index keys = up(longest, KEYS) * (3 * width() + 2 * value_width());
-    return 4 * (keys + QUERIES * (2 * both + width() + 2) + 4 * KEYS * (QUERIES + ROWS)) + slack;
+    return 4 * (keys + QUERIES * (2 * both + value_width() + width() + 2 + 2 * KEYS) + 3 * ROWS * KEYS) + slack;
   }
 
   struct Keys {  // of an item, in blocks
@@ -106,7 +106,7 @@ struct Backward {
     }
   }
 
-  // A block of queries (from `query`, `rows` of them) with a block of keys (from `key`, the item's `block`-th key).
+  // A block of queries (from `query`, `rows` of them) with a block of keys (from `key`, the `block`-th of the item).
   void attend(const Queries& queries, const Keys& keys, const Scratch& s, Index query, Index rows, Index key,
               Index block) const {
     const Index window = shape.window;

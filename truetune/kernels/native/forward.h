@@ -19,7 +19,7 @@ struct Forward {
 
   Index bytes() const {
     const Index rows = shape.group() * FORWARD_QUERIES, slack = 16 * 64;
-    const Index numbers = rows * (words() + width() + 2) + KEYS * (words() + width()) + 2 * ROWS * KEYS;
+    const Index numbers = rows * (words() + width() + 2) + KEYS * (words() + width() + 2 * ROWS);
     return 4 * numbers + slack;
   }
 
