@@ -116,7 +116,7 @@ def _private(folder: Path) -> Path:
     """The folder, made if needed. Raises BuildError if others can write there, since what lies in it is run."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_uid not in (0, os.getuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise BuildError(
             f"others can write to {folder}; run chmod 700 on it, or set TRUETUNE_CACHE to a folder of yours"
         )
