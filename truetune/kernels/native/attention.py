@@ -1,7 +1,8 @@
 """Attention compiled for this processor (``attention.cpp``), as a function that autograd knows.
 
 Left out, and told by ``attends``: sinks, dropout, float64 and half precision, head sizes that are no multiple of
-8 or above 256, second derivatives.
+8 or above 256, second derivatives. As in torch's fused kernel, the backward pass reads the output in its own dtype:
+where one key has nearly all the weight, gradients of q and k in bf16 carry that rounding.
 """
 
 from __future__ import annotations
