@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 import weakref
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -42,7 +43,21 @@ _STALE, _UNUSED = 86_400, 30 * 86_400
 """Seconds after which what a killed process left half written is removed, and a store that nobody has read."""
 
 
-class Documents(Sequence[Document]):
+class Kept(Sequence[Document]):
+    """Documents that are made when they are asked for, by ``at`` of a place from 0."""
+
+    @abstractmethod
+    def at(self, place: int) -> Document: ...
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self.at(i) for i in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self.at(place % len(self))
+
+
+class Documents(Kept):
     """``columns`` are those of ``COLUMNS``; tokens, targets and weights may be mapped from files."""
 
     def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
@@ -87,12 +102,7 @@ class Documents(Sequence[Document]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
+    def at(self, place: int) -> Document:
         here = slice(*self._starts[place : place + 2])
         tokens, targets, weights = (self.columns[name][here] for name in PER_TOKEN)
         ends = self.columns["ends"][slice(*self._end_starts[place : place + 2])]
@@ -105,7 +115,7 @@ def _weights(document: Document) -> np.ndarray:
     return np.ones(len(document), dtype=np.float32) if document.weights is None else document.weights
 
 
-class EndToEnd(Sequence[Document]):
+class EndToEnd(Kept):
     """The documents of several parts, one part after another."""
 
     def __init__(self, parts: Sequence[Sequence[Document]]) -> None:
@@ -115,12 +125,7 @@ class EndToEnd(Sequence[Document]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
+    def at(self, place: int) -> Document:
         part = bisect_right(self._starts, place) - 1
         return self.parts[part][place - self._starts[part]]
 
