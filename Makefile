@@ -19,7 +19,7 @@ test: .venv/dev
 # Slow evidence, most of an hour of it. Pages are looked at in a browser and faults put under the program, as root:
 # apt-get install chromium strace. llama.cpp is built, which takes minutes, a C++ compiler and the network.
 proof: .venv/dev $(CACHE)/model $(CACHE)/templates
-	$(BIN)/python -m pytest -m proof
+	TRUETUNE_NO_SKIPS=1 $(BIN)/python -m pytest -m proof
 	$(BIN)/python tools/trust.py
 
 lint: .venv/dev

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -16,6 +17,15 @@ from hypothesis import settings
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and tests send it
 settings.register_profile("truetune", deadline=None)  # how long an example takes is no property of the code
 settings.load_profile("truetune")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """A test that is skipped shows nothing: where all of them have to run, it fails."""
+    report = yield
+    if report.skipped and os.environ.get("TRUETUNE_NO_SKIPS") == "1":
+        report.outcome, report.longrepr = "failed", f"{item.nodeid} was skipped, but every test has to run here"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -50,13 +50,13 @@ def attention(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, library: Any, options: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = library.attention_forward(q, k, v, *options)
+    def forward(ctx: Any, compiled: Any, options: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = compiled.attention_forward(q, k, v, *options)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.library, ctx.options = library, options
+        ctx.compiled, ctx.options = compiled, options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.library.attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+        return None, None, *ctx.compiled.attention_backward(dout, *ctx.saved_tensors, *ctx.options)
