@@ -52,6 +52,7 @@ def choose_rows(recipe: Recipe) -> tuple[list[Choice], list[Choice]]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"data.sources has {twice} twice, in two spellings; name it once, and raise its weight")
     shapes = [part.format for part in chosen]
+    apart = set()  # sources that are held out of themselves, and so share no row with what is
     if held_out.source:
         other = sources.load(held_out.source, held_out.split or "train")
         if not held_out.split and other.held_out_split:
@@ -64,11 +65,13 @@ def choose_rows(recipe: Recipe) -> tuple[list[Choice], list[Choice]]:
                 evaluation.append(sources.load(part.source, split))
             else:
                 train[i], rest = dataset.hold_out(train[i], held_out.fraction, seed)
+                apart.add(names[i])
                 evaluation.append(rest)
         aside = [Choice(*parts) for parts in zip(names, evaluation, shapes, strict=True)]
     counts = dataset.shares(held_out.rows, [len(choice.rows) for choice in aside])
     aside = [replace(c, rows=dataset.draw(c.rows, n, seed)) for c, n in zip(aside, counts, strict=True) if n]
-    train = [dataset.less(rows, [choice.rows for choice in aside]) for rows in train]
+    for i, name in enumerate(names):
+        train[i] = dataset.less(train[i], [c.rows for c in aside if c.name not in apart & {name}])
     train = [dataset.first(rows, part.rows or len(rows)) for rows, part in zip(train, chosen, strict=True)]
     column = recipe.data.weight_column
     if "weight_column" in recipe.data.model_fields_set and column and not any(column in r.rows[0] for r in train):

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IGNORE = -100
 """Label of a position that has nothing to learn (the value that torch's losses ignore)."""
@@ -77,6 +80,8 @@ class Batch:
     @classmethod
     def of(cls, documents: Sequence[Document], device: torch.device | str = "cpu") -> Batch:
         """Lay the documents end to end on ``device``."""
+        import torch  # here, since processes that make documents alone start sooner without it
+
         tokens = np.concatenate([d.tokens for d in documents]).astype(np.int64)
         labels = np.full(len(tokens), IGNORE, dtype=np.int64)
         weighed = any(d.weights is not None for d in documents)

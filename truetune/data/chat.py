@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -76,10 +78,22 @@ class Rendered:
 
 
 class Draft(NamedTuple):
-    """A document of any length, and for every token [L] the code of the role whose content it carries."""
+    """A document of any length, and for every token (int8 [L]) the code of the role whose content it carries."""
 
     document: Document
     kinds: np.ndarray
+
+
+class Written(NamedTuple):
+    """An example as the texts to be learned from, none if all of it weighs nothing.
+
+    of: what was written: a conversation, or bare text. notes: what is to be told of it.
+    """
+
+    row: int
+    of: Conversation | Text
+    views: list[View]
+    notes: Collection[str] = ()
 
 
 class Renderer:
@@ -143,6 +157,27 @@ class Renderer:
 
     def documents(self, example: Example, row: int = 0) -> Rendered:
         """The example as documents. Raises UserError, naming the row, if it cannot be rendered rightly."""
+        return next(self.rendered([(row, example)]))
+
+    def rendered(self, examples: Iterable[tuple[int, Example]]) -> Iterator[Rendered]:
+        """What becomes of examples, each with the number of its row; all of them are tokenised at once.
+
+        Raises UserError, as ``documents`` and ``examples`` do, when the others before it have been told.
+        """
+        written, fault = [], None
+        try:
+            for row, example in examples:
+                written.append(self._written(example, row))
+        except UserError as found:
+            fault = found
+        tokens = self._tokenize([view.text for one in written for view in one.views])
+        for one in written:
+            yield self._finish(one, [self._draft(one, view, *next(tokens)) for view in one.views])
+        if fault:
+            raise fault
+
+    def _written(self, example: Example, row: int) -> Written:
+        """The example as text."""
         if isinstance(example, Preference):
             fault = "it is a preference, of which next-token training would learn the better answer alone"
             refuse(row, fault, "name the better answer completion to train on it")
@@ -153,12 +188,11 @@ class Renderer:
                 "model to stop; set one of them in tokenizer_config.json"
             )
         if isinstance(example, Text) and chat is None:
-            return self._text(example, row)
+            return Written(row, example, [View((example.prompt or "") + example.completion, (), 0)])
         assert chat is not None
         if not chat.learned:
-            return Rendered((), WEIGHTLESS, 0)
-        views, notes = template.bounded(place(row), partial(self._views, chat, row))
-        return self._finish([self._draft(chat, view, row) for view in views], notes)
+            return Written(row, chat, [])
+        return Written(row, chat, *template.bounded(place(row), partial(self._views, chat, row)))
 
     def _views(self, chat: Conversation, row: int) -> tuple[list[View], set[str]]:
         """The texts of a conversation with the answers in them, and what is to be told of them."""
@@ -205,12 +239,13 @@ class Renderer:
     ) -> Rendering:
         return template.render(self.tokenizer, messages, place(row), self.template, prompt, tools)
 
-    def _draft(self, chat: Conversation, view: View, row: int) -> Draft:
-        """The text as a document of any length."""
-        ids, offsets = self._tokenize(view.text)
+    def _draft(self, written: Written, view: View, ids: list[int], offsets: np.ndarray) -> Draft:
+        """A text as a document of any length."""
+        if isinstance(written.of, Text):
+            return self._text(written.of, written.row, ids, offsets)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
-            refuse(row, "it begins with two BOS tokens", "remove the one in its text or in the template")
+            refuse(written.row, "it begins with two BOS tokens", "remove the one in its text or in the template")
         weights = np.zeros(len(ids), dtype=np.float32)
         ends = []
         for answer in view.answers:
@@ -218,51 +253,56 @@ class Renderer:
             if first <= last:
                 weights[first : (len(ids) if self.targets == "all" else last + 1)] = answer.weight
                 ends.append(last)
-        kinds = _kinds(chat.messages[: view.shown], view.text, offsets)
+        kinds = _kinds(written.of.messages[: view.shown], view.text, offsets)
         if self.targets != "all":
             kinds[weights > 0] = _CODE["assistant"]
-        return _weighed(ids, weights, ends, kinds, row)
+        return _weighed(ids, weights, ends, kinds, written.row)
 
-    def _text(self, example: Text, row: int) -> Rendered:
+    def _text(self, example: Text, row: int, ids: list[int], offsets: np.ndarray) -> Draft:
         prompt = example.prompt or ""
-        text = prompt + example.completion
-        ids, offsets = self._tokenize(text)
-        if not text.strip():
-            return Rendered((), EMPTY, len(ids))
-        begin = 0 if example.prompt is None else _first(text, offsets, len(prompt))
+        begin = 0 if example.prompt is None else _first(prompt + example.completion, offsets, len(prompt))
         eos = [self.tokenizer.eos_token_id]
         before = self._bos if ids[:1] != self._bos else []
         after = eos if ids[-1:] != eos else []
-        kinds = np.full(len(before) + len(ids) + len(after), _CODE["text"])
+        kinds = np.full(len(before) + len(ids) + len(after), _CODE["text"], dtype=np.int8)
         kinds[: len(before) + begin] = _CODE["prompt"]
         kinds[: len(before)] = _CODE["template"]
         learned = (kinds == _CODE["text"]) | (self.targets == "all")
         weights = np.where(learned, example.weight, 0).astype(np.float32)
-        return self._finish([_weighed([*before, *ids, *after], weights, [len(kinds) - 1], kinds, row)], set())
+        return _weighed([*before, *ids, *after], weights, [len(kinds) - 1], kinds, row)
 
-    def _finish(self, drafts: list[Draft], notes: set[str]) -> Rendered:
+    def _finish(self, written: Written, drafts: list[Draft]) -> Rendered:
         """Bring the drafts to their length, count, and drop what has nothing to learn."""
+        if not drafts:
+            return Rendered((), WEIGHTLESS, 0)
+        if isinstance(written.of, Text) and not written.views[0].text.strip():
+            return Rendered((), EMPTY, len(drafts[0].document))
         documents: list[Document] = []
         kinds: list[np.ndarray] = []
-        cut, tokens, learned = [], Counter[str](), Counter[str]()
+        cut = []
         for draft in drafts:
             lost = draft.document.targets.copy()
             for start, stop in self._pieces(len(draft.document)):
                 part = draft.document.part(start, stop)
                 if part.target_count:
                     documents.append(part)
-                    kinds.append(draft.kinds[start:stop].astype(np.int8))
+                    kinds.append(draft.kinds[start:stop])
                     lost[start:stop] &= ~part.targets
-                    tokens += _tally(draft.kinds[start:stop])
-                    learned += _tally(draft.kinds[start:stop][part.targets])
             cut.append(np.flatnonzero(lost))
-        length = max(len(draft.document) for draft in drafts)
         dropped = None
         if not documents:
             long = CUT_AWAY if self.too_long == "truncate" else TOO_LONG
             dropped = long if any(draft.document.target_count for draft in drafts) else NO_TARGETS
-        away = np.concatenate(cut)
-        return Rendered(tuple(documents), dropped, length, away, tokens, learned, frozenset(notes), tuple(kinds))
+        return Rendered(
+            tuple(documents),
+            dropped,
+            length=max(len(draft.document) for draft in drafts),
+            cut=np.concatenate(cut),
+            tokens_by_role=_tally(kinds),
+            targets_by_role=_tally([found[part.targets] for found, part in zip(kinds, documents, strict=True)]),
+            notes=frozenset(written.notes),
+            kinds=tuple(kinds),
+        )
 
     def _pieces(self, length: int) -> list[Span]:
         """What becomes of a document of ``length`` tokens. Pieces share one token: the last of one is the first of
@@ -276,17 +316,20 @@ class Renderer:
             return [(start, min(start + limit, length)) for start in range(0, length - 1, limit - 1)]
         return []
 
-    def _tokenize(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Token ids, and the characters [L, 2] that each stands for."""
+    def _tokenize(self, texts: list[str]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Token ids of each, and the characters [L, 2] that each stands for."""
+        if not texts:
+            return
         tokens = self.tokenizer(
-            text,
+            texts,
             add_special_tokens=False,  # a template writes its own
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        return tokens["input_ids"], np.array(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        for ids, spans in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            yield ids, np.fromiter(chain.from_iterable(spans), np.int64, 2 * len(ids)).reshape(-1, 2)
 
     def _cover(self, text: str, ids: list[int], offsets: np.ndarray, answer: Answer) -> Span:
         """First and last target of an answer: up to the stop token if the turn ends in one."""
@@ -321,7 +364,7 @@ def _first(text: str, offsets: np.ndarray, start: int) -> int:
 
 def _kinds(messages: list[Message], text: str, offsets: np.ndarray) -> np.ndarray:
     """For every token the code of the role whose content it carries."""
-    kinds = np.full(len(offsets), _CODE["template"])
+    kinds = np.full(len(offsets), _CODE["template"], dtype=np.int8)
     end = 0
     for message in messages:
         for part in (*(message.get(key, "") for key in REASONING), message.get("content", "")):
@@ -333,5 +376,6 @@ def _kinds(messages: list[Message], text: str, offsets: np.ndarray) -> np.ndarra
     return kinds
 
 
-def _tally(kinds: np.ndarray) -> Counter[str]:
-    return Counter({KINDS[code]: int(n) for code, n in enumerate(np.bincount(kinds)) if n})
+def _tally(parts: list[np.ndarray]) -> Counter[str]:
+    counts = np.bincount(np.concatenate(parts)) if parts else ()
+    return Counter({KINDS[code]: int(n) for code, n in enumerate(counts) if n})

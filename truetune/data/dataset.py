@@ -248,11 +248,13 @@ def hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     return kept, held
 
 
-def less(train: Rows, evaluation: Iterable[Rows]) -> Rows:
+def less(train: Rows, evaluation: Sequence[Rows]) -> Rows:
     """The training rows that are not held out as well; how many are left out is said in their name.
 
     A loss on rows that were trained on says nothing. Raises UserError if no row is left.
     """
+    if not evaluation:
+        return train
     held = {canonical(row): rows.name for rows in evaluation for row in rows.rows}
     names = [held.get(canonical(row)) for row in train.rows]
     kept = [i for i, name in enumerate(names) if name is None]

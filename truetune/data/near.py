@@ -14,9 +14,8 @@ bytes; and pairs beyond the first ``COMPARISONS``, whose number is told.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -24,7 +23,7 @@ SHINGLE, BANDS, DEPTH, THRESHOLD = 8, 8, 4, 0.8
 LONGEST = 1 << 16
 COMPARISONS = 50_000
 
-_AT_ONCE = 1 << 20
+_AT_ONCE, _PAIRS = 1 << 20, 256
 _draw = np.random.Generator(np.random.PCG64(20)).integers
 _SEEDS = _draw(0, 1 << 64, BANDS * DEPTH, dtype=np.uint64, endpoint=False)
 _ODD = _draw(0, 1 << 64, BANDS * DEPTH, dtype=np.uint64, endpoint=False) | np.uint64(1)
@@ -58,13 +57,15 @@ def normal(text: str) -> bytes:
 
 def shingles(text: str) -> np.ndarray:
     """The set of shingles of a text: uint64, sorted."""
-    return np.unique(_windows(normal(text)))
+    ordered = np.sort(_windows(normal(text)))
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])]
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     """Shared elements of two sets (sorted, without repetition), as a share of all."""
-    shared = len(np.intersect1d(a, b, assume_unique=True))
-    return shared / (len(a) + len(b) - shared)
+    both = np.sort(np.concatenate([a, b]))
+    shared = int(np.count_nonzero(both[1:] == both[:-1]))
+    return shared / (len(both) - shared)
 
 
 def bands(texts: Sequence[str]) -> np.ndarray:
@@ -80,9 +81,8 @@ def bands(texts: Sequence[str]) -> np.ndarray:
 
 
 def _windows(text: bytes) -> np.ndarray:
-    """uint64: every ``SHINGLE`` consecutive bytes, which are as many as fit its 64 bits."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(text, np.uint8), SHINGLE)
-    return np.ascontiguousarray(windows).view(np.uint64).ravel()
+    """uint64: a view of every ``SHINGLE`` consecutive bytes, which are as many as fit its 64 bits."""
+    return np.ndarray(len(text) - SHINGLE + 1, np.uint64, text, strides=(1,))
 
 
 def _bands(texts: list[bytes]) -> np.ndarray:
@@ -111,34 +111,43 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def find(
-    hashes: np.ndarray, digests: np.ndarray, training: int, text: Callable[[int], str], most: int = COMPARISONS
+    hashes: np.ndarray,
+    digests: np.ndarray,
+    training: int,
+    texts: Callable[[Sequence[int]], Iterable[str]],
+    most: int = COMPARISONS,
 ) -> Near:
     """For every row an earlier training row that is near it, where there is one.
 
     hashes: of ``bands`` [rows, BANDS]; digests: [rows], equal for rows that are exact duplicates, which are not
     compared; training: so many rows at the start are training rows; the others are compared with those alone.
-    text: of the row at a place.
+    texts: of the rows at places, which ascend.
     """
     of = np.full(len(hashes), -1, np.int64)
     similarity = np.zeros(len(hashes), np.float32)
     compared = left = 0
-    shingled = lru_cache(maxsize=32)(lambda place: shingles(text(place)))
     for band in range(BANDS):
-        for earlier, row in _candidates(hashes[:, band], training):
-            if of[row] >= 0 or digests[row] == digests[earlier]:
-                continue
-            if compared == most:
-                left += 1
-                continue
-            compared += 1
-            alike = jaccard(shingled(earlier), shingled(row))
-            if alike >= THRESHOLD:
-                of[row], similarity[row] = earlier, alike
+        for earlier, rows in _candidates(hashes[:, band], training):
+            unknown = np.flatnonzero((of[rows] < 0) & (digests[rows] != digests[earlier]))
+            some = unknown[: most - compared]
+            compared, left = compared + len(some), left + len(unknown) - len(some)
+            for begin in range(0, len(some), _PAIRS):
+                block = some[begin : begin + _PAIRS]
+                alike = _similarities(earlier[block], rows[block], texts)
+                near = alike >= THRESHOLD
+                of[rows[block][near]], similarity[rows[block][near]] = earlier[block][near], alike[near]
     return Near(of, similarity, left)
 
 
-def _candidates(hashes: np.ndarray, training: int) -> Iterator[tuple[int, int]]:
-    """(earlier training row, row) of equal hash: for every row the first such one, and the last before it."""
+def _similarities(a: np.ndarray, b: np.ndarray, texts: Callable[[Sequence[int]], Iterable[str]]) -> np.ndarray:
+    """The Jaccard similarities of the rows at places ``a`` with those at ``b``: float32 [pairs]."""
+    places, pairs = np.unique(np.stack([a, b]), return_inverse=True)
+    sets = list(map(shingles, texts(places.tolist())))
+    return np.array([jaccard(sets[i], sets[j]) for i, j in pairs.reshape(2, -1).T.tolist()], np.float32)
+
+
+def _candidates(hashes: np.ndarray, training: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (earlier training rows, rows) of equal hash: for every row the first such one, then the last before it."""
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     places = np.arange(len(order))
@@ -146,7 +155,6 @@ def _candidates(hashes: np.ndarray, training: int) -> Iterator[tuple[int, int]]:
     first = np.maximum.accumulate(np.where(opens, places, 0))
     trained = np.concatenate([[0], np.cumsum(order < training)])
     last = np.minimum(places - 1, first + trained[places + 1] - trained[first] - 1)
-    some = last >= first
-    yield from zip(order[first[some]].tolist(), order[some].tolist(), strict=True)
-    more = last > first
-    yield from zip(order[last[more]].tolist(), order[more].tolist(), strict=True)
+    some, more = last >= first, last > first
+    yield order[first[some]], order[some]
+    yield order[last[more]], order[more]

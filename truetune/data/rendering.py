@@ -8,6 +8,7 @@ safetensors, so that nothing is unpickled. What JSON would change of a row stays
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import json
@@ -21,8 +22,9 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from importlib.metadata import version
-from itertools import islice
+from itertools import islice, tee
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -38,8 +40,8 @@ from truetune.errors import UserError
 
 PORTION = 256
 """Rows of a portion."""
-SOON, LONG = 2.0, 20.0
-"""Seconds before which no process is started, and of work that must then be left; a start takes a few."""
+SOON, LONG = 1.0, 10.0
+"""Seconds before which no process is started, and of work that must then be left; a start takes one or two."""
 
 Numbered = list[tuple[int, Row]]
 
@@ -120,11 +122,10 @@ def render(rows: Numbered, shape: Shape, renderer: Renderer) -> Portion:
     account = Account()
     documents: list[Document] = []
     seen: list[tuple[Example, Rendered]] = []
-    for number, row in rows:
-        example = formats.read(shape.form, row, number, shape.weight)
+    examples, asked = tee((number, formats.read(shape.form, row, number, shape.weight)) for number, row in rows)
+    for rendered, (number, row), (_, example) in zip(renderer.rendered(examples), rows, asked, strict=True):
         if formats.given_weight(row, shape.weight) is not None:
             account.notes[f"weighed in the loss by their column {shape.weight}"] += 1
-        rendered = renderer.documents(example, number)
         documents += rendered.documents
         if shape.traits:
             seen.append((example, rendered))
@@ -161,14 +162,19 @@ def can_move(renderer: Renderer) -> bool:
         return False
     with tempfile.TemporaryDirectory(prefix="truetune-") as folder:
         renderer.tokenizer.save_pretrained(folder)
-        return identity(_renderer(folder, options(renderer))) == identity(renderer)
+        return identity(_renderer(start_of(renderer, folder))) == identity(renderer)
 
 
-def _renderer(folder: str, given: dict[str, Any]) -> Renderer:
-    from transformers import AutoTokenizer
+def start_of(renderer: Renderer, folder: str) -> dict[str, Any]:
+    """All that another process needs to render the same, as JSON; the tokenizer was saved in the folder."""
+    kind = type(renderer.tokenizer)
+    return {"folder": folder, "kind": [kind.__module__, kind.__qualname__], "options": options(renderer)}
 
-    words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return Renderer(words, **given | {"stop_ids": frozenset(given["stop_ids"])})
+
+def _renderer(start: dict[str, Any]) -> Renderer:
+    module, name = start["kind"]  # by its class, since to find that out takes transformers seconds
+    words = getattr(import_module(module), name).from_pretrained(start["folder"])
+    return Renderer(words, **start["options"] | {"stop_ids": frozenset(start["options"]["stop_ids"])})
 
 
 def options(renderer: Renderer) -> dict[str, Any]:
@@ -201,7 +207,7 @@ class Processes:
         self._idle: queue.SimpleQueue[Helper] = queue.SimpleQueue()
         self._folder = tempfile.TemporaryDirectory(prefix="truetune-")
         renderer.tokenizer.save_pretrained(self._folder.name)
-        start = {"tokenizer": self._folder.name, "options": options(renderer), "shape": shape}
+        start = start_of(renderer, self._folder.name) | {"shape": shape}
         self._helpers = [Helper(start) for _ in range(count)]
         for helper in self._helpers:
             self._idle.put(helper)
@@ -306,9 +312,12 @@ def serve() -> None:
     asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     start = json.loads(asked.readline())
-    renderer = _renderer(start["tokenizer"], start["options"])
+    renderer = _renderer(start)
+    gc.disable()  # between portions there is next to nothing to look through
+    gc.freeze()
     for line in asked:
         _answer(line, Shape(*start["shape"]), renderer, answers)
+        gc.collect()
 
 
 def _answer(line: bytes, shape: Shape, renderer: Renderer, answers: BinaryIO) -> None:

@@ -84,8 +84,7 @@ def render(
     except Exception as fault:  # a template is a program, and may raise anything
         reason = " ".join(str(fault).split()).rstrip(".;") or type(fault).__name__
         raise UserError(f"{where}: the chat template refuses it: {reason[:300]}; change or remove it") from fault
-    most = CHARACTERS + 4 * len(str(messages)) + 4 * len(str(tools))
-    if len(text) > most:
+    if len(text) > CHARACTERS and len(text) > (most := CHARACTERS + 4 * len(str(messages)) + 4 * len(str(tools))):
         raise UserError(f"{where}: the chat template writes {len(text):,} characters, above {most:,}; {_ADVICE}")
     return Rendering(text, spans[0] if marked else None)
 

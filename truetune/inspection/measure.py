@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -145,23 +147,25 @@ def copies(training: Sequence[Walk], held_out: Sequence[Walk]) -> tuple[list[Cop
     table = np.concatenate([walk.table[some] for walk, some in zip(walks, kept, strict=True)])
     trained = int(begins[len(training)])
 
-    def where(i: int) -> tuple[Walk, int]:
+    def where(i: int) -> tuple[int, int]:
+        """The walk, and the place of the row in it."""
         of = int(np.searchsorted(begins, i, side="right")) - 1
-        return walks[of], int(kept[of][i - begins[of]])
+        return of, int(kept[of][i - begins[of]])
 
-    def text(i: int) -> str:
-        walk, place = where(i)
-        return said(walk.example(place))
+    def texts(places: Sequence[int]) -> Iterator[str]:
+        for of, some in groupby(map(where, places), key=itemgetter(0)):
+            yield from map(said, walks[of].examples(place for _, place in some))
 
     equal = _equal(table["digest"], trained)
-    alike = near.find(table["bands"], table["digest"], trained, text)
+    alike = near.find(table["bands"], table["digest"], trained, texts)
     of = np.where(equal >= 0, equal, alike.of)
     similarity = np.where(equal >= 0, 1.0, alike.similarity)
 
     def pair(i: int) -> Pair:
-        (walk, place), (other, at) = where(i), where(int(of[i]))
-        numbers = int(walk.rows.numbers[place]), int(other.rows.numbers[at])
-        return Pair(*numbers, other.name, float(similarity[i]), text(i)[:EXCERPT], text(int(of[i]))[:EXCERPT])
+        (mine, place), (its, at) = where(i), where(int(of[i]))
+        numbers = int(walks[mine].rows.numbers[place]), int(walks[its].rows.numbers[at])
+        a, b = (text[:EXCERPT] for text in texts([i, int(of[i])]))
+        return Pair(*numbers, walks[its].name, float(similarity[i]), a, b)
 
     found = []
     for walk, places, first, last in zip(walks, kept, begins[:-1], begins[1:], strict=True):

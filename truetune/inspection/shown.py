@@ -61,7 +61,7 @@ def _usual(walk: Walk) -> Iterator[tuple[str, int]]:
 
 def show(why: str, walk: Walk, place: int, renderer: Renderer) -> Iterator[Shown]:
     """The documents of a row, rendered whole; what data.too_long takes away is marked as cut."""
-    given, number = walk.example(place), int(walk.rows.numbers[place])
+    given, number = next(walk.examples([place])), int(walk.rows.numbers[place])
     fate = renderer.documents(given, number).dropped
     whole = Renderer(renderer.tokenizer, renderer.stop_ids, _WHOLE, renderer.targets).documents(given, number)
     if not whole.documents:  # nothing to learn in it: there is no document to show, only what the row holds

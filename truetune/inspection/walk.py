@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from truetune.assembly import Extremes
-from truetune.data import dataset, formats
+from truetune.data import dataset, files, formats
 from truetune.data.chat import Renderer
 from truetune.data.dataset import DataReport
 from truetune.data.documents import Documents
@@ -56,12 +57,14 @@ class Walk:
     def targets(self) -> int:
         return int(self.targets_at.sum())
 
-    def example(self, place: int) -> Example:
-        """The example in the row at a place. Raises UserError, naming source and row, if it is not of the format."""
-        try:
-            return formats.read(self.form, self.rows.rows[place], int(self.rows.numbers[place]), self.weight)
-        except UserError as fault:
-            raise UserError(f"{self.rows.source}: {fault}") from fault
+    def examples(self, places: Iterable[int]) -> Iterator[Example]:
+        """The examples in the rows at places. Raises UserError, naming source and row, if one is not of the format."""
+        places = list(places)
+        for place, row in zip(places, files.read(self.rows.rows, places), strict=True):
+            try:
+                yield formats.read(self.form, row, int(self.rows.numbers[place]), self.weight)
+            except UserError as fault:
+                raise UserError(f"{self.rows.source}: {fault}") from fault
 
     def report(self, renderer: Renderer) -> DataReport:
         return dataset.report_of(

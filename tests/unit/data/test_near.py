@@ -20,7 +20,9 @@ def changed(text: list[str], generator: np.random.Generator, count: int) -> list
 
 def found(texts: list[str], training: int | None = None, most: int = near.COMPARISONS) -> near.Near:
     digests = np.unique(texts, return_inverse=True)[1]
-    return near.find(near.bands(texts), digests, training or len(texts), texts.__getitem__, most)
+    return near.find(
+        near.bands(texts), digests, training or len(texts), lambda places: map(texts.__getitem__, places), most
+    )
 
 
 def test_jaccard_is_that_of_the_sets() -> None:
