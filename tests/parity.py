@@ -111,6 +111,10 @@ def bf16_errors(family: str, lora: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def within(ours: Tensor, theirs: Tensor, truth: Tensor) -> bool:
-    """Whether our error in bf16 is at most twice the plain loop's."""
+    """Whether our error in bf16 is at most twice the plain loop's, in the mean and in the worst step.
+
+    Steps differ less where nothing jumps; where the plain loop's do (a router that chooses otherwise), so may ours.
+    """
     bound = 2 * theirs.mean()
-    return bool(ours.mean() <= bound + 1e-5 * truth.mean() and ours.max() <= 3 * bound + 1e-4 * truth.mean())
+    worst = max(3 * bound, 2 * theirs.max())
+    return bool(ours.mean() <= bound + 1e-5 * truth.mean() and ours.max() <= worst + 1e-4 * truth.mean())
