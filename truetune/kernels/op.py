@@ -64,7 +64,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """
     first = tensors[0]
     device = first.device.type
-    if torch.is_autocast_enabled(device) and first.dtype != torch.float64:
+    known = torch.amp.is_autocast_available(device)  # not for "meta", where kernels are tried without values
+    if known and torch.is_autocast_enabled(device) and first.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if any(t.dtype != first.dtype for t in tensors):
         found = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)

@@ -13,23 +13,27 @@ from importlib import import_module
 from typing import Any
 
 from truetune.kernels.gated import gated
+from truetune.kernels.linear_cross_entropy import linear_cross_entropy
 from truetune.kernels.op import Op
 from truetune.kernels.rms_norm import rms_norm
 from truetune.kernels.rope import rope
 
+KERNELS: dict[str, Op[..., Any]] = {
+    "rms_norm": rms_norm,
+    "rope": rope,
+    "gated": gated,
+    "linear_cross_entropy": linear_cross_entropy,
+}
+"""Name -> the operation, whose reference the kernel must equal. Its file and function beside this one are so named."""
 
-KERNELS: dict[str, Op[..., Any]] = {"rms_norm": rms_norm, "rope": rope, "gated": gated}
-"""Name -> the operation, whose reference the kernel must equal; the file and the function beside this one are so named."""
+ON_CUDA: frozenset[str] = frozenset()
+"""Operations whose kernel is chosen on CUDA: those that were timed to win there. ``install`` reads it."""
 
 
 def equal(name: str) -> Callable[..., Any]:
     """The kernel with the operation's signature. Raises ModuleNotFoundError where Triton is not installed."""
     function: Callable[..., Any] = getattr(import_module(f"{__name__}.{name}"), name)
     return function
-
-
-ON_CUDA: frozenset[str] = frozenset()
-"""Operations whose kernel is chosen on CUDA: those that were timed to win there. ``install`` reads it."""
 
 
 def install() -> None:

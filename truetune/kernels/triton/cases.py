@@ -69,3 +69,28 @@ def gated(
 ) -> Case:
     gate, up = _normal(dtype, device, rows, width, spread=3.0), _normal(dtype, device, rows, width)
     return Case({"gate": gate, "up": up, "activation": activation}, ("gate", "up"))
+
+
+def linear_cross_entropy(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    rows: int = 512,
+    width: int = 896,
+    vocabulary: int = 4096,
+    bias: bool = False,
+    weighted: bool = False,
+    frozen: bool = False,
+    **options: float,
+) -> Case:
+    """frozen: the head gets no gradient; options: those of the operation."""
+    hidden, head = _normal(dtype, device, rows, width), _normal(dtype, device, vocabulary, width, spread=3 / width**0.5)
+    arguments = {
+        "hidden_ND": hidden,
+        "weight_VD": head,
+        "labels_N": torch.randint(0, vocabulary, (rows,), device=device),
+        "bias_V": _normal(dtype, device, vocabulary) if bias else None,
+        "weights_N": torch.rand(rows, device=device) * 3 if weighted else None,
+    }
+    trained = ("hidden_ND",) if frozen else ("hidden_ND", "weight_VD", *(["bias_V"] if bias else []))
+    return Case(arguments | options, trained)

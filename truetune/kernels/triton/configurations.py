@@ -40,13 +40,21 @@ CONFIGURATIONS: dict[str, tuple[Configuration, ...]] = {
         Row({"ROWS": 1}, warps=8),
     ),
     "rms_norm_backward": (
-        Row({"ROWS": 4}, largest=1024),
+        Row({"ROWS": 2}, largest=1024),
         Row({"ROWS": 1}, largest=4096, warps=8),
         Row({"ROWS": 1}, warps=16),
     ),
     "rotate": (Row({"TOKENS": 32}, largest=128), Row({"TOKENS": 16})),
     "gated_forward": (Row({"BLOCK": 1024}),),
     "gated_backward": (Row({"BLOCK": 1024}),),
+    "cross_entropy_forward": (
+        Row({"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64}, warps=8, dtype=torch.bfloat16),
+        Row({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32}, warps=8),
+    ),
+    "cross_entropy_backward": (
+        Row({"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64}, warps=8, dtype=torch.bfloat16),
+        Row({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32}, warps=8),
+    ),
 }
 """Name of the kernel -> its configurations; the first that fits is taken."""
 

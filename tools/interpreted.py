@@ -17,6 +17,11 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
+CASTS = (
+    *("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui"),
+    *("create_fp_ext", "create_fp_trunc", "create_fp_to_fp", "cast_impl"),
+)
+
 
 def widened(bits: np.ndarray) -> np.ndarray:
     """bf16 as its bits -> fp32."""
@@ -74,9 +79,7 @@ def exact() -> Iterator[Traffic]:
         traffic.stored += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
         return store(self, pointers, value, mask, *rest)
 
-    casts = ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext")
-    casts += ("create_fp_trunc", "create_fp_to_fp", "cast_impl")
-    changed = dict.fromkeys(casts, _cast) | {"create_dot": _dot}
+    changed: dict[str, Any] = dict.fromkeys(CASTS, _cast) | {"create_dot": _dot}
     changed |= {"create_masked_load": counted_load, "create_masked_store": counted_store}
     changed |= {name: _refusing(getattr(builder, name)) for name in ("binary_op", "unary_op", "create_fabs")}
     with mock.patch.multiple(builder, **changed), np.errstate(over="ignore"):

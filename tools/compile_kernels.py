@@ -1,0 +1,198 @@
+"""Compiles every Triton kernel for real GPUs, without one, and writes ``docs/kernels-compiled.md``.
+
+    python tools/compile_kernels.py            # compile, check, write the page
+    python tools/compile_kernels.py --check    # compile and check; the page is left as it is
+
+Every operation of the kernels' table is called on tensors without values, forward and backward, in every dtype and with
+sizes that reach every configuration; what would be launched is compiled ahead of time for each target. Refused are
+spilled registers, more shared memory than a block may have, and a configuration that nothing reaches. The bytes that a
+kernel moves are counted in Triton's interpreter, in a process of their own. What none of this shows: speed, races.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truetune.kernels.triton import cases, equal
+from truetune.kernels.triton.configurations import CONFIGURATIONS
+from truetune.kernels.triton.launch import Launch, recording
+
+PAGE = Path(__file__).parents[1] / "docs" / "kernels-compiled.md"
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+"""Target -> bytes of shared memory that a block may have."""
+TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+)")
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+SIZES: dict[str, list[dict[str, Any]]] = {
+    "rms_norm": [{"width": 896}, *({"width": w, "residual": True} for w in (1024, 4096, 8192))],
+    "rope": [{"head_size": 64}, {"head_size": 256, "interleaved": True}],
+    "gated": [{"activation": a} for a in ("silu", "gelu", "gelu_tanh")],
+    "linear_cross_entropy": [{}, {"bias": True, "weighted": True, "softcap": 30.0, "smoothing": 0.1}, {"frozen": True}],
+}
+"""Operation -> options of its case, which between them reach every configuration."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one kernel: registers of a thread, bytes of shared memory of a block, registers spilled."""
+
+    kernel: str
+    dtype: str
+    tiles: str
+    target: str
+    registers: int
+    shared: int
+    spilled: int
+    instruction: str
+
+
+def launches(target: str) -> Iterator[tuple[str, Launch]]:
+    """(dtype, launch): one for each kernel that would be compiled, each once."""
+    seen = set()
+    for name, options in SIZES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for option in options:
+                with recording(target) as noted:
+                    both_ways(name, getattr(cases, name)(dtype, "meta", **option))
+                for launch in noted:
+                    key = (launch.kernel.__name__, str(signature(launch)), launch.configuration)
+                    if str(key) not in seen:
+                        seen.add(str(key))
+                        yield DTYPES[dtype], launch
+
+
+def both_ways(name: str, case: cases.Case) -> None:
+    """The operation's kernel, and its backward where it has one."""
+    for argument in case.trained:
+        case.arguments[argument].requires_grad_()
+    outputs = equal(name)(**case.arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if case.trained:
+        torch.autograd.backward([y.sum() for y in outputs if y.requires_grad])
+
+
+def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """Types, constants and alignments as a call would give them to the compiler."""
+    types, constants, aligned = {}, {}, {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        if isinstance(value, Tensor):
+            types[name] = f"*{DTYPES[value.dtype]}"
+            aligned[(index,)] = [["tt.divisibility", 16]]
+        elif launch.kernel.params[index].is_constexpr or value is None or (value == 1 and isinstance(value, int)):
+            types[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, aligned
+
+
+def build(dtype: str, launch: Launch, target: str) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types, constants, aligned = signature(launch)
+    chosen = launch.configuration
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    source = ASTSource(launch.kernel, types, constants, aligned)
+    made = triton.compile(source, gpu, {"num_warps": chosen.warps, "num_stages": chosen.stages})
+    text = made.asm["amdgcn" if amd else "ptx"]
+    registers, spilled = _counted(text) if amd else _assembled(text, gpu.arch)
+    options = [f"{key} {value}" for key, value in constants.items() if value is not None and key.isupper()]
+    return Compiled(
+        launch.kernel.__name__,
+        dtype,
+        f"{', '.join(options)}; {chosen.warps} warps, {chosen.stages} stages",
+        target,
+        registers,
+        made.metadata.shared,
+        spilled,
+        ", ".join(sorted(set(TENSOR_CORES.findall(text)))) or "none",
+    )
+
+
+def _counted(text: str) -> tuple[int, int]:
+    """Registers and spills as AMD's assembly states them."""
+    of = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
+    return of["vgpr_count"] + of.get("agpr_count", 0), of["vgpr_spill_count"]
+
+
+def _assembled(text: str, architecture: int) -> tuple[int, int]:
+    """Registers and bytes spilled as NVIDIA's assembler reports them."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(text, encoding="utf-8")
+        named = re.findall(r"\.target (\w+)", text)[0]
+        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={named}", str(file), "-o", f"{file}.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    return int(re.findall(r"Used (\d+) registers", said)[0]), spills
+
+
+def compile_for(target: str) -> tuple[list[Compiled], set[tuple[str, int]]]:
+    """Everything that is launched on ``target``; (kernel, row) of the configurations that were reached."""
+    built, reached = [], set()
+    for dtype, launch in launches(target):
+        built.append(build(dtype, launch, target))
+        rows = CONFIGURATIONS[launch.kernel.__name__]
+        reached.add((launch.kernel.__name__, rows.index(launch.configuration)))
+    return built, reached
+
+
+def faults(built: list[Compiled], reached: set[tuple[str, int]]) -> Iterator[str]:
+    for c in built:
+        if c.spilled:
+            yield f"{c.kernel} {c.dtype} ({c.tiles}) spills {c.spilled} on {c.target}, with {c.registers} registers"
+        if c.shared > SHARED[c.target]:
+            yield f"{c.kernel} {c.dtype} ({c.tiles}) takes {c.shared} bytes of shared memory on {c.target}"
+    for kernel, rows in CONFIGURATIONS.items():
+        for number in range(len(rows)):
+            if (kernel, number) not in reached:
+                yield f"{kernel}: nothing reaches configuration {number}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="do not write the page")
+    parser.add_argument("--targets", nargs="+", default=list(SHARED), choices=list(SHARED))
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("the interpreter can't compile; unset TRITON_INTERPRET")
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is where nothing is set, without a warning
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        parts = list(pool.map(compile_for, options.targets))
+    built = [c for compiled, _ in parts for c in compiled]
+    found = list(faults(built, set().union(*(reached for _, reached in parts))))
+    print("\n".join([*found, f"{len(built)} compiled, {len(found)} faults"]))
+    if not options.check and not found:
+        PAGE.write_text(page(built), encoding="utf-8")
+    return bool(found)
+
+
+def page(built: list[Compiled]) -> str:
+    return json.dumps([asdict(c) for c in built], indent=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
