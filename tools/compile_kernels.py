@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", tor
 SIZES: dict[str, list[dict[str, Any]]] = {
     "rms_norm": [{"width": 896}, *({"width": w, "residual": True} for w in (1024, 4096, 8192))],
     "rope": [{"head_size": 64}, {"head_size": 256, "interleaved": True}],
+    "packed_attention": [*({"head_size": d} for d in (64, 128, 256)), {"head_size": 96, "window": 99, "softcap": 50.0}],
+    "lora_linear": [{"bias": True}],
+    "newton_schulz": [{}],
+    "adamw": [{}, {"seed": 1}],
     "gated": [{"activation": a} for a in ("silu", "gelu", "gelu_tanh")],
     "linear_cross_entropy": [{}, {"bias": True, "weighted": True, "softcap": 30.0, "smoothing": 0.1}, {"frozen": True}],
 }
@@ -60,10 +65,10 @@ class Compiled:
     instruction: str
 
 
-def launches(target: str) -> Iterator[tuple[str, Launch]]:
+def launches(target: str, names: list[str]) -> Iterator[tuple[str, Launch]]:
     """(dtype, launch): one for each kernel that would be compiled, each once."""
     seen = set()
-    for name, options in SIZES.items():
+    for name, options in ((name, SIZES[name]) for name in names):
         for dtype in (torch.float32, torch.bfloat16):
             for option in options:
                 with recording(target) as noted:
@@ -133,7 +138,7 @@ def build(dtype: str, launch: Launch, target: str) -> Compiled:
 def _counted(text: str) -> tuple[int, int]:
     """Registers and spills as AMD's assembly states them."""
     of = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
-    return of["vgpr_count"] + of.get("agpr_count", 0), of["vgpr_spill_count"]
+    return of["vgpr_count"], of["vgpr_spill_count"]
 
 
 def _assembled(text: str, architecture: int) -> tuple[int, int]:
@@ -150,42 +155,46 @@ def _assembled(text: str, architecture: int) -> tuple[int, int]:
     return int(re.findall(r"Used (\d+) registers", said)[0]), spills
 
 
-def compile_for(target: str) -> tuple[list[Compiled], set[tuple[str, int]]]:
+def compile_for(target: str, names: list[str]) -> tuple[list[Compiled], set[tuple[str, int]]]:
     """Everything that is launched on ``target``; (kernel, row) of the configurations that were reached."""
     built, reached = [], set()
-    for dtype, launch in launches(target):
+    for dtype, launch in launches(target, names):
         built.append(build(dtype, launch, target))
         rows = CONFIGURATIONS[launch.kernel.__name__]
         reached.add((launch.kernel.__name__, rows.index(launch.configuration)))
     return built, reached
 
 
-def faults(built: list[Compiled], reached: set[tuple[str, int]]) -> Iterator[str]:
+def faults(built: list[Compiled]) -> Iterator[str]:
     for c in built:
         if c.spilled:
             yield f"{c.kernel} {c.dtype} ({c.tiles}) spills {c.spilled} on {c.target}, with {c.registers} registers"
         if c.shared > SHARED[c.target]:
             yield f"{c.kernel} {c.dtype} ({c.tiles}) takes {c.shared} bytes of shared memory on {c.target}"
+
+
+def unreached(reached: set[tuple[str, int]]) -> Iterator[str]:
     for kernel, rows in CONFIGURATIONS.items():
-        for number in range(len(rows)):
-            if (kernel, number) not in reached:
-                yield f"{kernel}: nothing reaches configuration {number}"
+        yield from (f"{kernel}: nothing reaches row {n}" for n in range(len(rows)) if (kernel, n) not in reached)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="do not write the page")
+    parser.add_argument("--only", nargs="+", choices=list(SIZES), help="operations; implies --check")
     parser.add_argument("--targets", nargs="+", default=list(SHARED), choices=list(SHARED))
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("the interpreter can't compile; unset TRITON_INTERPRET")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is where nothing is set, without a warning
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        parts = list(pool.map(compile_for, options.targets))
+        parts = list(pool.map(compile_for, options.targets, repeat(options.only or list(SIZES))))
     built = [c for compiled, _ in parts for c in compiled]
-    found = list(faults(built, set().union(*(reached for _, reached in parts))))
+    found = list(faults(built))
+    if not options.only:
+        found += unreached(set().union(*(reached for _, reached in parts)))
     print("\n".join([*found, f"{len(built)} compiled, {len(found)} faults"]))
-    if not options.check and not found:
+    if not (options.check or options.only or found):
         PAGE.write_text(page(built), encoding="utf-8")
     return bool(found)
 

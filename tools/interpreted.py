@@ -1,9 +1,10 @@
 """Triton's interpreter, made exact in bf16, and what it loads and stores counted.
 
 As published it keeps bf16 as the integers of its bits: products of bf16 tiles and roundings to bf16 come out wrong, and
-sums of bf16 are sums of integers. Here casts round to the nearest even, products of tiles are taken in fp32, and
-arithmetic on bf16 that was not cast up first is an error (a GPU would round after each step). These are private names
-of one version of Triton, which ``constraints.txt`` pins; ``test_interpreter.py`` tests the patch itself.
+sums of bf16 are sums of integers. Here casts round to the nearest even. Products of tiles are taken in fp32, of parts
+of 10 bits where a kernel asks for those ("tf32", "tf32x3"). Arithmetic on bf16 that was not cast up is an error: a GPU
+would round after each step. These are private names of one version of Triton, which ``constraints.txt`` pins;
+``test_interpreter.py`` tests the patch itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
 CASTS = (
@@ -46,8 +48,22 @@ def _cast(self: InterpreterBuilder, source: TensorHandle, target: Any, *_: Any) 
     return TensorHandle(data.astype(_get_np_dtype(target)), target.scalar)
 
 
-def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: Any) -> TensorHandle:
-    return TensorHandle(np.matmul(_plain(a), _plain(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
+def tf32(values: np.ndarray) -> np.ndarray:
+    """fp32 rounded to the 10 bits of mantissa that tensor cores multiply."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _dot(self: InterpreterBuilder, a: Any, b: Any, d: Any, precision: Any, *_: Any) -> TensorHandle:
+    x, y = _plain(a), _plain(b)
+    if x.dtype == np.float32 and precision != ir.INPUT_PRECISION.IEEE and a.dtype.scalar != tl.bfloat16:
+        x_high, y_high = tf32(x), tf32(y)
+        product = x_high @ y_high
+        if precision == ir.INPUT_PRECISION.TF32x3:
+            product = product + (x_high @ tf32(y - y_high) + tf32(x - x_high) @ y_high)
+    else:
+        product = np.matmul(x, y, dtype=d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
 
 
 def _refusing(operation: Any) -> Any:

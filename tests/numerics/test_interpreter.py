@@ -17,10 +17,10 @@ def cast(source, target, ELEMENTS: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, c, SIZE: tl.constexpr):
+def product(a, b, c, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     place = row * SIZE + column
-    tl.store(c + place, tl.dot(tl.load(a + place), tl.load(b + place)))
+    tl.store(c + place, tl.dot(tl.load(a + place), tl.load(b + place), input_precision=PRECISION))
 
 
 @triton.jit
@@ -58,9 +58,21 @@ def test_products_of_tiles_are_summed_in_fp32() -> None:
     a, b = (torch.randn(32, 32).bfloat16() for _ in range(2))
     c = torch.empty(32, 32)
     with exact() as traffic:
-        product[(1,)](a, b, c, 32)
+        product[(1,)](a, b, c, 32, "ieee")
     torch.testing.assert_close(c, (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-5)
     assert (traffic.loaded, traffic.stored) == (2 * 32 * 32 * 2, 32 * 32 * 4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("ieee", 0, 1e-7), ("tf32x3", 1e-9, 1e-6), ("tf32", 1e-5, 1e-3)]
+)
+def test_products_of_fp32_are_as_exact_as_asked(precision: str, least: float, most: float) -> None:
+    a, b = (torch.randn(32, 32) for _ in range(2))
+    c = torch.empty(32, 32)
+    with exact():
+        product[(1,)](a, b, c, 32, precision)
+    truth = a.double() @ b.double()
+    assert least < (c - truth).norm() / truth.norm() < most
 
 
 def test_arithmetic_on_bf16_is_refused() -> None:

@@ -42,9 +42,45 @@ LATTICE: dict[str, list[dict[str, Any]]] = {
         )
     ]
     + [{"rows": 0, "width": 8, "vocabulary": 5, "bias": True}],
+    "packed_attention": [
+        {"lengths": n, "heads": h, "keys": k, "head_size": d} | o
+        for n, h, k, d in (
+            ((1,), 1, 1, 64),
+            ((7, 1, 40), 4, 2, 80),
+            ((100, 33), 3, 1, 96),
+            ((130, 5), 2, 2, 128),
+            ((33, 70), 2, 1, 256),
+            ((9, 9), 2, 2, 8),
+        )
+        for o in ({}, {"window": 9}, {"softcap": 2.0}, {"window": 33, "softcap": 3.0})
+    ]
+    + [{"lengths": (5, 60), "head_size": 24, "value_size": 40}],
+    "lora_linear": [
+        {"rows": t, "inputs": i, "outputs": o, "rank": r, "bias": b}
+        for t, i, o, r in ((1, 8, 3, 1), (7, 100, 40, 4), (33, 515, 72, 33), (130, 72, 260, 16))
+        for b in (False, True)
+    ],
+    "newton_schulz": [
+        {"matrices": b, "rows": m, "columns": n} for b, m, n in ((1, 1, 1), (3, 7, 100), (2, 72, 33), (1, 140, 150))
+    ],
+    "adamw": [
+        {"sizes": sizes, "step": step, "weight_decay": decay}
+        for sizes in ((1,), (700, 1, 1025, 2048, 33))
+        for step, decay in ((1, 0.0), (1000, 0.1))
+    ],
     "gated": [s | {"activation": a} for s in ROWS for a in ("silu", "gelu", "gelu_tanh")],
 }
-QUICK = {"rms_norm": [4, 7], "rope": [17, 20], "gated": [3, 4, 5], "linear_cross_entropy": [10, 13, 16, 20]}
+QUICK = {
+    "rms_norm": [4, 7],
+    "rope": [17, 20],
+    "gated": [3, 4, 5],
+    "packed_attention": [4, 5, 10],
+    "lora_linear": [3, 5],
+    "newton_schulz": [2],
+    "adamw": [3],
+    "linear_cross_entropy": [10, 13, 16, 20],
+}
+"""Numbers of the points that every test run tries."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,30 +101,37 @@ def points() -> Iterator[Any]:
                 yield pytest.param(name, dtype, option, id=f"{name}-{dtype}-{label}", marks=marks)
 
 
+def mapped(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
+    """The case with every tensor changed, those in lists too."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [change(v) for v in value]
+        return change(value) if isinstance(value, Tensor) else value
+
+    return case._replace(arguments={name: of(value) for name, value in case.arguments.items()})
+
+
 def results(function: Callable[..., Any], case: Case) -> dict[str, Tensor]:
     """Every output, and the gradient of every trained argument for a fixed random readout of the outputs."""
-    arguments = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in case.arguments.items()}
+    arguments = mapped(case, lambda t: t.detach().clone()).arguments
     trained = [arguments[name].requires_grad_() for name in case.trained]
     outputs = function(**arguments)
+    if case.changed:
+        outputs = tuple(t for name in case.changed for t in arguments[name])
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    readout = sum(
-        (y.double() * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum()
-        for y in outputs
-        if y.requires_grad
-    )
-    assert isinstance(readout, Tensor)
-    gradients = torch.autograd.grad(readout, trained)
     found = {f"output {n}": y.detach().double() if y.dtype == torch.bool else y.detach() for n, y in enumerate(outputs)}
+    if not case.trained:
+        return found
+    generator = torch.Generator().manual_seed(1)
+    readouts = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
+    pairs = [(y.double(), readout) for y, readout in zip(outputs, readouts, strict=True) if y.requires_grad]
+    gradients = torch.autograd.grad(torch.stack([(y * readout).sum() for y, readout in pairs]).sum(), trained)
     return found | {f"gradient of {name}": g for name, g in zip(case.trained, gradients, strict=True)}
 
 
 def in_float64(case: Case) -> Case:
-    return case._replace(
-        arguments={
-            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in case.arguments.items()
-        }
-    )
+    return mapped(case, lambda t: t.double() if t.is_floating_point() else t)
 
 
 def check(name: str, case: Case, dtype: torch.dtype, no_worse: Any) -> None:
@@ -106,6 +149,29 @@ def check(name: str, case: Case, dtype: torch.dtype, no_worse: Any) -> None:
 def test_a_kernel_is_as_right_as_its_reference(name: str, dtype: str, option: dict[str, Any], no_worse: Any) -> None:
     case = getattr(cases, name)(DTYPES[dtype], **option)
     check(name, case, DTYPES[dtype], no_worse)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_stochastic_rounding_takes_a_neighbour_and_keeps_the_mean(seed: int) -> None:
+    p = torch.linspace(-2, 2, 3001).bfloat16()
+    options = {"rate": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+
+    def stepped(function: Callable[..., None], dtype: torch.dtype, seed: int | None = None) -> Tensor:
+        lists = [[p.to(dtype, copy=True)], [torch.ones_like(p)], [torch.zeros(3001)], [torch.zeros(3001)]]
+        with exact():
+            function(*lists, **options, seed=seed)
+        return lists[0][0].float()
+
+    wanted = stepped(equal("adamw"), torch.float32)
+    for function in (equal("adamw"), KERNELS["adamw"].reference):
+        found = stepped(function, torch.bfloat16, seed)
+        step = torch.maximum(wanted.abs(), torch.tensor(2.0**-126)) * 2**-7
+        assert ((found - wanted).abs() <= step).all()
+        errors = (found - wanted) / step
+        assert abs(errors.mean()) < 4 * errors.std() / 3001**0.5
+        assert torch.equal(found, stepped(function, torch.bfloat16, seed))
+        assert not torch.equal(found, stepped(function, torch.bfloat16, seed + 10))
+    assert (stepped(equal("adamw"), torch.bfloat16) - wanted).mean() > 1e-4  # to the nearest it stalls, or leans
 
 
 def test_the_lattice_holds_every_kernel() -> None:

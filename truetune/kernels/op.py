@@ -1,7 +1,7 @@
 """One operation: a reference in plain torch, and per device type a faster equal.
 
-The equal is chosen at each call by the device of the first tensor argument, so a model may move between
-devices. ``TRUETUNE_REFERENCE=1`` forces the reference everywhere: the first thing to try when a figure
+The equal is chosen at each call by the device of the first tensor argument (of a list, its first), so a model may
+move between devices. ``TRUETUNE_REFERENCE=1`` forces the reference everywhere: the first thing to try when a figure
 looks wrong. A device without an equal runs the reference. ``TRUETUNE_OFF=name,name`` turns off single fast paths.
 """
 
@@ -53,7 +53,8 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if os.environ.get("TRUETUNE_REFERENCE") == "1":
             return self.reference(*args, **kwargs)
-        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        given = (a[0] if isinstance(a, list) else a for a in (*args, *kwargs.values()))
+        device = next(a.device.type for a in given if isinstance(a, Tensor))
         return self.equals.get(device, self.reference)(*args, **kwargs)
 
 

@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
+from truetune.kernels.adamw import adamw
+from truetune.kernels.attention import packed_attention
 from truetune.kernels.gated import gated
 from truetune.kernels.linear_cross_entropy import linear_cross_entropy
+from truetune.kernels.lora_linear import lora_linear
+from truetune.kernels.newton_schulz import newton_schulz
 from truetune.kernels.op import Op
 from truetune.kernels.rms_norm import rms_norm
 from truetune.kernels.rope import rope
@@ -23,6 +27,10 @@ KERNELS: dict[str, Op[..., Any]] = {
     "rope": rope,
     "gated": gated,
     "linear_cross_entropy": linear_cross_entropy,
+    "packed_attention": packed_attention,
+    "lora_linear": lora_linear,
+    "newton_schulz": newton_schulz,
+    "adamw": adamw,
 }
 """Name -> the operation, whose reference the kernel must equal. Its file and function beside this one are so named."""
 

@@ -15,10 +15,12 @@ from truetune.kernels.gated import Activation
 
 
 class Case(NamedTuple):
-    """arguments: of the operation, by name; trained: those of them that get a gradient."""
+    """arguments: of the operation, by name; trained: those of them that get a gradient; changed: lists of tensors that
+    are written to, for an operation that returns nothing."""
 
     arguments: dict[str, Any]
     trained: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 def _normal(dtype: torch.dtype, device: str, *shape: int, spread: float = 1.0) -> Tensor:
@@ -94,3 +96,60 @@ def linear_cross_entropy(
     }
     trained = ("hidden_ND",) if frozen else ("hidden_ND", "weight_VD", *(["bias_V"] if bias else []))
     return Case(arguments | options, trained)
+
+
+def packed_attention(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    lengths: tuple[int, ...] = (300, 1, 211),
+    heads: int = 4,
+    keys: int = 2,
+    head_size: int = 64,
+    value_size: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Case:
+    sizes = {"q_HTd": (heads, head_size), "k_KTd": (keys, head_size), "v_KTe": (keys, value_size or head_size)}
+    tokens = sum(lengths)
+    tensors = {name: _normal(dtype, device, tokens, h, d).transpose(0, 1) for name, (h, d) in sizes.items()}
+    options = {"lengths": lengths, "scale": head_size**-0.5, "window": window, "softcap": softcap}
+    return Case(tensors | options, tuple(tensors))
+
+
+def lora_linear(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    rows: int = 512,
+    inputs: int = 896,
+    outputs: int = 1024,
+    rank: int = 16,
+    bias: bool = False,
+) -> Case:
+    shapes = {"x": (rows, inputs), "weight_OI": (outputs, inputs), "a_RI": (rank, inputs), "b_OR": (outputs, rank)}
+    tensors = {name: _normal(dtype, device, *shape, spread=shape[-1] ** -0.25) for name, shape in shapes.items()}
+    options = {"bias_O": _normal(dtype, device, outputs) if bias else None, "scaling": 2.0}
+    return Case(tensors | options, ("x", "a_RI", "b_OR"))
+
+
+def newton_schulz(
+    dtype: torch.dtype, device: str = "cpu", *, matrices: int = 4, rows: int = 512, columns: int = 1024, steps: int = 5
+) -> Case:
+    return Case({"matrices_BMN": _normal(dtype, device, matrices, rows, columns), "steps": steps})
+
+
+def adamw(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    sizes: tuple[int, ...] = (4096, 1000, 1),
+    step: int = 3,
+    weight_decay: float = 0.1,
+    seed: int | None = None,
+) -> Case:
+    lists = {name: [_normal(dtype, device, n) for n in sizes] for name in ("parameters", "gradients")}
+    lists["means"] = [_normal(torch.float32, device, n, spread=0.1) for n in sizes]
+    lists["variances"] = [_normal(torch.float32, device, n).square() for n in sizes]
+    options = {"rate": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
+    return Case(lists | options | {"step": step, "seed": seed}, changed=("parameters", "means", "variances"))

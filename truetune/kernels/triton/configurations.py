@@ -1,5 +1,6 @@
 """How each kernel is cut into tiles, by dtype, size and target: a table, so that nothing is tried out at run time.
 
+fp32 products are exact ("ieee"); on NVIDIA's tensor cores three products of parts of 10 bits are nearly so ("tf32x3").
 A row is right for every target that it is compiled for: no register spilled, shared memory under the target's limit
 (``docs/kernels-compiled.md``, written by ``tools/compile_kernels.py``). No row has been timed.
 """
@@ -7,6 +8,7 @@ A row is right for every target that it is compiled for: no register spilled, sh
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ class Configuration:
     any). What a size is, the kernel's launch says: a width or a head size.
     """
 
-    tiles: dict[str, int] = field(default_factory=dict)
+    tiles: dict[str, Any] = field(default_factory=dict)
     warps: int = 4
     stages: int = 2
     dtype: torch.dtype | None = None
@@ -48,13 +50,44 @@ CONFIGURATIONS: dict[str, tuple[Configuration, ...]] = {
     "gated_forward": (Row({"BLOCK": 1024}),),
     "gated_backward": (Row({"BLOCK": 1024}),),
     "cross_entropy_forward": (
-        Row({"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64}, warps=8, dtype=torch.bfloat16),
-        Row({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32}, warps=8),
+        Row({"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64, "PRECISION": "ieee"}, warps=8, dtype=torch.bfloat16),
+        Row({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "PRECISION": "tf32x3"}, target="sm_"),
+        Row({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "PRECISION": "ieee"}),
     ),
     "cross_entropy_backward": (
-        Row({"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64}, warps=8, dtype=torch.bfloat16),
-        Row({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32}, warps=8),
+        Row({"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 32, "PRECISION": "ieee"}, warps=8, dtype=torch.bfloat16),
+        Row({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "PRECISION": "tf32x3"}, target="sm_"),
+        Row({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "PRECISION": "ieee"}),
     ),
+    "attention_forward": (
+        Row({"QUERIES": 64, "KEYS": 64, "PRECISION": "ieee"}, dtype=torch.bfloat16, largest=128),
+        Row({"QUERIES": 64, "KEYS": 32, "PRECISION": "ieee"}, warps=8, dtype=torch.bfloat16, largest=256),
+        Row({"QUERIES": 32, "KEYS": 32, "PRECISION": "tf32x3"}, target="sm_", largest=256),
+        Row({"QUERIES": 32, "KEYS": 32, "PRECISION": "ieee"}, largest=256),
+    ),
+    "attention_queries": (
+        Row({"QUERIES": 64, "KEYS": 32, "PRECISION": "ieee"}, dtype=torch.bfloat16, largest=128),
+        Row({"QUERIES": 32, "KEYS": 32, "PRECISION": "ieee"}, dtype=torch.bfloat16, largest=256),
+        Row({"QUERIES": 32, "KEYS": 32, "PRECISION": "tf32x3"}, target="sm_", largest=256),
+        Row({"QUERIES": 32, "KEYS": 32, "PRECISION": "ieee"}, largest=256),
+    ),
+    "attention_keys": (
+        Row({"QUERIES": 32, "KEYS": 64, "PRECISION": "ieee"}, warps=8, dtype=torch.bfloat16, largest=128),
+        Row({"QUERIES": 16, "KEYS": 32, "PRECISION": "ieee"}, warps=8, dtype=torch.bfloat16, largest=256),
+        Row({"QUERIES": 16, "KEYS": 32, "PRECISION": "tf32x3"}, target="sm_", largest=256),
+        Row({"QUERIES": 16, "KEYS": 32, "PRECISION": "ieee"}, largest=256),
+    ),
+    "linear_with_low": (
+        Row({"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_I": 32, "PRECISION": "ieee"}, warps=8, dtype=torch.bfloat16),
+        Row({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32, "PRECISION": "tf32x3"}, target="sm_"),
+        Row({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32, "PRECISION": "ieee"}),
+    ),
+    "symmetric_product": (
+        Row({"BLOCK_S": 128, "BLOCK_L": 32, "PRECISION": "ieee"}, warps=8, dtype=torch.bfloat16),
+        Row({"BLOCK_S": 64, "BLOCK_L": 32, "PRECISION": "tf32x3"}, target="sm_"),
+        Row({"BLOCK_S": 64, "BLOCK_L": 32, "PRECISION": "ieee"}),
+    ),
+    "adamw_many": (Row(),),
 }
 """Name of the kernel -> its configurations; the first that fits is taken."""
 

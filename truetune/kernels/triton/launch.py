@@ -48,7 +48,7 @@ def recording(target: str) -> Iterator[list[Launch]]:
 
 def launch(
     kernel: Any,
-    grid: Callable[[dict[str, int]], tuple[int, ...]],
+    grid: Callable[[dict[str, Any]], tuple[int, ...]],
     *arguments: Any,
     dtype: torch.dtype,
     size: int = 0,

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from truetune.kernels.linear_cross_entropy import LossTerms, chunked
 from truetune.kernels.op import compute_dtype
+from truetune.kernels.triton.functions import tanh
 from truetune.kernels.triton.launch import launch
 
 PROGRAMS = 256
@@ -36,16 +37,9 @@ PROGRAMS = 256
 
 
 @triton.jit
-def _tanh(x):
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
 def _logits(
     hidden, weight, bias, row, entry, rows, vocabulary, width, scale, softcap,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of logits as the loss sees them, and their derivative by h W^T + b; -inf beyond the vocabulary."""
     z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -55,13 +49,13 @@ def _logits(
         w = tl.load(
             weight + entry[None, :] * width + d[:, None], (entry < vocabulary)[None, :] & (d < width)[:, None], 0.0
         )
-        z = tl.dot(h, w, z, input_precision="ieee")
+        z = tl.dot(h, w, z, input_precision=PRECISION)
     if bias is not None:
         z += tl.load(bias + entry, entry < vocabulary, 0.0).to(tl.float32)[None, :]
     z *= scale
     slope = tl.zeros_like(z) + scale
     if softcap is not None:
-        t = _tanh(z / softcap)
+        t = tanh(z / softcap)
         z = softcap * t
         slope *= 1.0 - t * t
     return tl.where((entry < vocabulary)[None, :], z, float("-inf")), slope
@@ -70,7 +64,7 @@ def _logits(
 @triton.jit
 def cross_entropy_forward(
     hidden, weight, bias, labels, lse, label_logit, rival, total, rows, vocabulary, width, part, scale, softcap,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < rows
@@ -85,7 +79,8 @@ def cross_entropy_forward(
     for start in range(first, last, BLOCK_V):
         entry = start + tl.arange(0, BLOCK_V).to(tl.int64)
         z, _ = _logits(
-            hidden, weight, bias, row, entry, rows, vocabulary, width, scale, softcap, BLOCK_N, BLOCK_V, BLOCK_D
+            hidden, weight, bias, row, entry, rows, vocabulary, width, scale, softcap,
+            BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
         )  # fmt: skip
         above = tl.maximum(maximum, tl.max(z, 1))
         exponentials = exponentials * tl.exp(maximum - above) + tl.sum(tl.exp(z - above[:, None]), 1)
@@ -107,7 +102,7 @@ def cross_entropy_forward(
 def cross_entropy_backward(
     hidden, weight, bias, labels, order, lse, weights, grad_total, dhidden, dweight, dbias, skipped,
     rows, vocabulary, width, scale, softcap, z_loss, smoothing, threshold,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     entry = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -115,7 +110,8 @@ def cross_entropy_backward(
         entry = tl.load(order + entry, entry < vocabulary, vocabulary)
     inside = (row < rows)[:, None] & (entry < vocabulary)[None, :]
     z, slope = _logits(
-        hidden, weight, bias, row, entry, rows, vocabulary, width, scale, softcap, BLOCK_N, BLOCK_V, BLOCK_D
+        hidden, weight, bias, row, entry, rows, vocabulary, width, scale, softcap,
+        BLOCK_N, BLOCK_V, BLOCK_D, PRECISION,
     )  # fmt: skip
     logsumexp = tl.load(lse + row, row < rows, 0.0)[:, None]
     is_label = tl.load(labels + row, row < rows, -1)[:, None] == entry[None, :]
@@ -140,10 +136,10 @@ def cross_entropy_backward(
             of_entries = (entry < vocabulary)[:, None] & (column < width)[None, :]
             if dhidden is not None:
                 w = tl.load(weight + by_entry, of_entries, 0.0)
-                tl.atomic_add(dhidden + by_row, tl.dot(dz, w, input_precision="ieee"), of_rows)
+                tl.atomic_add(dhidden + by_row, tl.dot(dz, w, input_precision=PRECISION), of_rows)
             if dweight is not None:
                 h = tl.load(hidden + by_row, of_rows, 0.0)
-                tl.atomic_add(dweight + by_entry, tl.dot(tl.trans(dz), h, input_precision="ieee"), of_entries)
+                tl.atomic_add(dweight + by_entry, tl.dot(tl.trans(dz), h, input_precision=PRECISION), of_entries)
 
 
 class _Cut(torch.autograd.Function):
