@@ -15,7 +15,7 @@ import torch
 from interpreted import exact
 from torch import Tensor
 
-from truetune.kernels.triton import KERNELS, cases, equal
+from truetune.kernels.triton import KERNELS, cases, equal, launch
 from truetune.kernels.triton.cases import Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -96,9 +96,10 @@ def points() -> Iterator[Any]:
     for name, options in LATTICE.items():
         for number, option in enumerate(options):
             for dtype in DTYPES:
-                marks = [] if number in QUICK[name] else [pytest.mark.proof]
-                label = ",".join(f"{key}={value}" for key, value in option.items())
-                yield pytest.param(name, dtype, option, id=f"{name}-{dtype}-{label}", marks=marks)
+                for target in ("sm_90", "gfx942"):  # between them every row of the configurations
+                    marks = [] if number in QUICK[name] and target == "sm_90" else [pytest.mark.proof]
+                    label = ",".join(f"{key}={value}" for key, value in option.items())
+                    yield pytest.param(name, dtype, target, option, id=f"{name}-{dtype}-{target}-{label}", marks=marks)
 
 
 def mapped(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
@@ -145,8 +146,11 @@ def check(name: str, case: Case, dtype: torch.dtype, no_worse: Any) -> None:
         no_worse(f"{name} {part}", ours[part], plain[part], truth[part], dtype)
 
 
-@pytest.mark.parametrize(("name", "dtype", "option"), list(points()))
-def test_a_kernel_is_as_right_as_its_reference(name: str, dtype: str, option: dict[str, Any], no_worse: Any) -> None:
+@pytest.mark.parametrize(("name", "dtype", "target", "option"), list(points()))
+def test_a_kernel_is_as_right_as_its_reference(
+    name: str, dtype: str, target: str, option: dict[str, Any], no_worse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", target)
     case = getattr(cases, name)(DTYPES[dtype], **option)
     check(name, case, DTYPES[dtype], no_worse)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from truetune.kernels.native.attention import attends, attention
-from truetune.kernels.op import Op, compute_dtype, statistics_dtype
+from truetune.kernels.op import Op, compute_dtype, no_autocast, statistics_dtype
 
 SHORT = 256
 """Queries below which a CPU attends in fp32: torch's bf16 kernel took 1.2 to 2.3 times as long on 32 to 300 tokens
@@ -139,7 +139,7 @@ def _fused(q_HBd: Tensor, k_KSd: Tensor, v_KSe: Tensor, window: int | None, scal
     dtype = compute_dtype(q_HBd, k_KSd)
     short = dtype == torch.bfloat16 and q_HBd.device.type == "cpu" and q_HBd.shape[1] < SHORT
     q_HBd, k_KSd, v_KSe = (x.to(torch.float32 if short else dtype) for x in (q_HBd, k_KSd, v_KSe))
-    with torch.autocast(q_HBd.device.type, enabled=False):
+    with no_autocast(q_HBd):
         out = F.scaled_dot_product_attention(
             q_HBd[None], k_KSd[None], v_KSe[None], mask, dropout, mask is None, scale=scale, enable_gqa=True
         )
@@ -160,7 +160,7 @@ def _explicit(
     heads, queries, _ = q_HBd.shape
     dtype = compute_dtype(q_HBd, k_KSd, v_KSe)
     work = statistics_dtype(dtype)
-    with torch.autocast(q_HBd.device.type, enabled=False):
+    with no_autocast(q_HBd):
         # Heads of one key head as one longer sequence of queries: keys and values need no copy.
         q_KGd = q_HBd.to(work).reshape(len(k_KSd), -1, q_HBd.shape[-1])
         scores_HBS = (q_KGd @ k_KSd.to(work).mT).view(heads, queries, -1) * scale

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from truetune.kernels.op import Op, compute_dtype, statistics_dtype
+from truetune.kernels.op import Op, compute_dtype, no_autocast, statistics_dtype
 
 CHUNK_BYTES = 96 << 20
 """Most bytes that a chunk's logits and their fp32 statistics may take."""
@@ -131,7 +131,7 @@ class _Chunked(torch.autograd.Function):
         inputs = (hidden_ND, weight_VD, bias_V, low_NR, up_VR)
         wanted = tuple(gradients and needed for needed in ctx.needs_input_grad[: len(inputs)])
         dtype = compute_dtype(hidden_ND, weight_VD)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+        with no_autocast(hidden_ND):
             up_VR = None if up_VR is None else up_VR.to(dtype)
             sweep = _Sweep(weight_VD.to(dtype), bias_V, up_VR, shape, len(hidden_ND))
             losses_N, correct_N, found = sweep(hidden_ND, low_NR, labels_N, weights_N, wanted)

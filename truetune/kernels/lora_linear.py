@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from truetune.kernels.op import Op, compute_dtype
+from truetune.kernels.op import Op, compute_dtype, no_autocast
 
 Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
@@ -85,7 +85,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.scaling, ctx.product, ctx.dtype = scaling, product, x_TI.dtype
         dtype = compute_dtype(x_TI, weight_OI)
         x_TI = x_TI.to(dtype)
-        with torch.autocast(x_TI.device.type, enabled=False):
+        with no_autocast(x_TI):
             low_TR = x_TI @ a_RI.to(dtype).T
             bias_O = None if bias_O is None else bias_O.to(dtype)
             y_TO = product(x_TI, weight_OI.to(dtype), bias_O, low_TR, (b_OR * scaling).to(dtype))
@@ -100,7 +100,7 @@ class _LoRALinear(torch.autograd.Function):
         for_x, _, _, for_a, for_b, *_ = ctx.needs_input_grad
         dtype = grad_TO.dtype
         grad_x_TI = grad_a_RI = grad_b_OR = None
-        with torch.autocast(grad_TO.device.type, enabled=False):
+        with no_autocast(grad_TO):
             if for_x or for_a:
                 grad_low_TR = grad_TO @ (b_OR * ctx.scaling).to(dtype)
             if for_x:

@@ -7,6 +7,7 @@ looks wrong. A device without an equal runs the reference. ``TRUETUNE_OFF=name,n
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -58,6 +59,13 @@ class Op(Generic[P, R]):
         return self.equals.get(device, self.reference)(*args, **kwargs)
 
 
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast, for which not every device ("meta", where kernels are tried) has a name."""
+    device = tensor.device.type
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which ``F.linear`` would multiply these: autocast's where it is on, else their own.
 
@@ -65,7 +73,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """
     first = tensors[0]
     device = first.device.type
-    known = torch.amp.is_autocast_available(device)  # not for "meta", where kernels are tried without values
+    known = torch.amp.is_autocast_available(device)
     if known and torch.is_autocast_enabled(device) and first.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if any(t.dtype != first.dtype for t in tensors):

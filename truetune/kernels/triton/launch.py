@@ -57,9 +57,12 @@ def launch(
     """Launch ``kernel`` over ``grid``, which is told the tiles, unless that is empty.
 
     dtype, size: by which the table chooses the configuration, whose tiles are constants of the kernel like the others.
+    Raises ValueError if it has none.
     """
     tensor = next(a for a in arguments if isinstance(a, Tensor))
     chosen = choose(kernel.__name__, dtype, _target(tensor.device), size)
+    if chosen is None:
+        raise ValueError(f"{kernel.__name__} has no configuration for {dtype} and size {size}; turn the kernel off")
     constants |= chosen.tiles
     programs = grid(chosen.tiles)
     if 0 in programs:
@@ -72,6 +75,11 @@ def launch(
         return
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
         kernel[programs](*arguments, **constants, num_warps=chosen.warps, num_stages=chosen.stages)
+
+
+def runs(kernel: Any, tensor: Tensor, dtype: torch.dtype, size: int) -> bool:
+    """Whether the table has a configuration for where ``tensor`` is."""
+    return choose(kernel.__name__, dtype, _target(tensor.device), size) is not None
 
 
 def to_device(values: list[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -9,7 +9,8 @@ Saved: the output and one fp32 log-sum-exp per query and head. With P the weight
     dv = P^T dout        ds = P (dout v^T - sum(dout out)) g        dq = scale ds k        dk = scale ds^T q
 
 dk and dv of a key head are summed over its query heads within one program: no atomic additions, so the same result
-every time. Left out, and run by torch: sinks and dropout.
+every time. Left out, and run by torch: sinks, dropout,
+and what the table has no row for (fp32 heads above 128 on NVIDIA, which would spill registers).
 Shape suffixes: H query heads, K key heads, T tokens, d size of a query head, e of a value head.
 """
 
@@ -27,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from truetune.kernels.attention import by_document, check
 from truetune.kernels.op import compute_dtype
 from truetune.kernels.triton.functions import tanh
-from truetune.kernels.triton.launch import launch, to_device
+from truetune.kernels.triton.launch import launch, runs, to_device
 
 
 @triton.jit
@@ -259,10 +260,11 @@ def packed_attention(
     sinks_H: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    if sinks_H is not None or dropout:
+    dtype = compute_dtype(q_HTd, k_KTd)
+    size = max(q_HTd.shape[-1], v_KTe.shape[-1])
+    if sinks_H is not None or dropout or not runs(attention_keys, q_HTd, dtype, size):
         return by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout)
     check(q_HTd, k_KTd, lengths)
-    dtype = compute_dtype(q_HTd, k_KTd)
     q_HTd, k_KTd, v_KTe = (x.to(dtype) for x in (q_HTd, k_KTd, v_KTe))
     out_HTe: Tensor = _Flash.apply(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap)
     return out_HTe
