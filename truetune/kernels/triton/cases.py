@@ -148,7 +148,9 @@ def adamw(
     weight_decay: float = 0.1,
     seed: int | None = None,
 ) -> Case:
-    lists = {name: [_normal(dtype, device, n) for n in sizes] for name in ("parameters", "gradients")}
+    # Weights so small that an update is many steps of bf16.
+    spreads = {"parameters": 0.01, "gradients": 1.0}
+    lists = {name: [_normal(dtype, device, n, spread=spread) for n in sizes] for name, spread in spreads.items()}
     lists["means"] = [_normal(torch.float32, device, n, spread=0.1) for n in sizes]
     lists["variances"] = [_normal(torch.float32, device, n).square() for n in sizes]
     options = {"rate": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
