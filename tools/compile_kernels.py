@@ -18,9 +18,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,6 +50,17 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "linear_cross_entropy": [{}, {"bias": True, "weighted": True, "softcap": 30.0, "smoothing": 0.1}, {"frozen": True}],
 }
 """Operation -> options of its case, which between them reach every configuration."""
+SAMPLES: dict[str, dict[str, Any]] = {
+    "rms_norm": {"rows": 64, "residual": True},
+    "rope": {"tokens": 64},
+    "gated": {"rows": 64},
+    "linear_cross_entropy": {"rows": 128, "width": 256, "vocabulary": 1024},
+    "packed_attention": {"lengths": (256, 128), "heads": 2, "keys": 1},
+    "lora_linear": {"rows": 256, "inputs": 256, "outputs": 256},
+    "newton_schulz": {"matrices": 1, "rows": 256, "columns": 256, "steps": 1},
+    "adamw": {},
+}
+"""Operation -> options of a case that the interpreter can run."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +135,11 @@ def build(dtype: str, launch: Launch, target: str) -> Compiled:
     text = made.asm["amdgcn" if amd else "ptx"]
     registers, spilled = _counted(text) if amd else _assembled(text, gpu.arch)
     options = [f"{key} {value}" for key, value in constants.items() if value is not None and key.isupper()]
+    options += [f"{chosen.warps} warps"]
     return Compiled(
         launch.kernel.__name__,
         dtype,
-        f"{', '.join(options)}; {chosen.warps} warps, {chosen.stages} stages",
+        ", ".join(options),
         target,
         registers,
         made.metadata.shared,
@@ -178,12 +191,35 @@ def unreached(reached: set[tuple[str, int]]) -> Iterator[str]:
         yield from (f"{kernel}: nothing reaches row {n}" for n in range(len(rows)) if (kernel, n) not in reached)
 
 
+def traffic() -> dict[str, tuple[float, float]]:
+    """Operation -> bytes that its kernels move forward and backward, and the least possible, per element of its first
+    tensor: each tensor that a launch is given, moved once. In the interpreter, bf16."""
+    from interpreted import exact
+
+    found = {}
+    for name, options in SAMPLES.items():
+        case = getattr(cases, name)(torch.bfloat16, **options)
+        lists = {key: value for key, value in case.arguments.items() if isinstance(value, list)}
+        first = lists["parameters"] if lists else [next(v for v in case.arguments.values() if isinstance(v, Tensor))]
+        with exact() as moved, recording("sm_90") as noted:
+            both_ways(name, case)
+        least = sum(t.nbytes for launch in noted for t in launch.arguments.values() if isinstance(t, Tensor))
+        least += sum(t.nbytes * (1 + (key in case.changed)) for key, tensors in lists.items() for t in tensors)
+        elements = sum(t.numel() for t in first)
+        found[name] = ((moved.loaded + moved.stored) / elements, least / elements)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="do not write the page")
     parser.add_argument("--only", nargs="+", choices=list(SIZES), help="operations; implies --check")
+    parser.add_argument("--traffic", action="store_true", help="count bytes in the interpreter, as JSON")
     parser.add_argument("--targets", nargs="+", default=list(SHARED), choices=list(SHARED))
     options = parser.parse_args()
+    if options.traffic:
+        print(json.dumps(traffic()))
+        return 0
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("the interpreter can't compile; unset TRITON_INTERPRET")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is where nothing is set, without a warning
@@ -195,13 +231,45 @@ def main() -> int:
         found += unreached(set().union(*(reached for _, reached in parts)))
     print("\n".join([*found, f"{len(built)} compiled, {len(found)} faults"]))
     if not (options.check or options.only or found):
-        PAGE.write_text(page(built), encoding="utf-8")
+        command = [sys.executable, __file__, "--traffic"]
+        counted = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+        PAGE.write_text(page(built, json.loads(counted.stdout)), encoding="utf-8")
     return bool(found)
 
 
-def page(built: list[Compiled]) -> str:
-    return json.dumps([asdict(c) for c in built], indent=1)
+def page(built: list[Compiled], moved: dict[str, tuple[float, float]]) -> str:
+    targets = list(SHARED)
+    rows: defaultdict[tuple[str, str, str], dict[str, Compiled]] = defaultdict(dict)
+    for c in built:  # of several variants (a bias, no bias), the one with the most registers
+        row = rows[c.kernel, c.dtype, c.tiles]
+        row[c.target] = max(c, row.get(c.target, c), key=lambda x: x.registers)
+    lines = [HEAD, f"| kernel | dtype | constants | {' | '.join(targets)} |", "|---" * (3 + len(targets)) + "|"]
+    for (kernel, dtype, tiles), row in sorted(rows.items()):
+        cells = (_cell(row[target]) if target in row else "" for target in targets)
+        lines.append(f"| `{kernel}` | {dtype} | {tiles} | {' | '.join(cells)} |")
+    lines += [TRAFFIC, "| operation | moved | least | ratio |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {a:,.1f} | {b:,.1f} | {a / b:.2f} |" for name, (a, b) in moved.items()]
+    return "\n".join(lines) + "\n"
 
+
+def _cell(c: Compiled) -> str:
+    return f"{c.registers}, {c.shared / 1024:.0f} KiB, {c.instruction}"
+
+
+HEAD = """# Kernels, compiled
+
+Written by `tools/compile_kernels.py`, which compiles every Triton kernel ahead of time for four GPUs without any.
+No register is spilled, and shared memory is under every target's limit: each cell has the registers of a thread, the
+shared memory of a block and the tensor-core instructions. An empty cell: another row holds for that target. What this
+does not show is speed; see [kernels.md](kernels.md).
+"""
+TRAFFIC = """
+## Bytes moved
+
+Per element of the operation's first tensor, forward and backward, in bf16, counted load by load and store by store in
+the interpreter on small shapes. The least is each tensor of each launch moved once. What is read again by another
+program (tiles of keys, of the head) is counted again, though a GPU's caches serve most of it.
+"""
 
 if __name__ == "__main__":
     sys.exit(main())

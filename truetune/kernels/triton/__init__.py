@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from truetune.kernels.adamw import adamw
@@ -45,9 +47,15 @@ def equal(name: str) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Put the kernels that ``ON_CUDA`` names in the place of torch's own."""
-    for name in ON_CUDA:
-        KERNELS[name].on("cuda")(equal(name))
+    """Put the kernels that ``ON_CUDA`` names in the place of torch's own, where there is Triton to run them."""
+    if find_spec("triton"):
+        for name in ON_CUDA:
+            KERNELS[name].on("cuda")(partial(_run, name))
+
+
+def _run(name: str, *arguments: Any, **options: Any) -> Any:
+    """The kernel, imported at its first call."""
+    return equal(name)(*arguments, **options)
 
 
 @contextlib.contextmanager

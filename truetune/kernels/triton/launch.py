@@ -38,7 +38,7 @@ class _Recorder:
 
 @contextlib.contextmanager
 def recording(target: str) -> Iterator[list[Launch]]:
-    """Note launches on meta tensors as they would be for ``target`` ("sm_90", "gfx942"), instead of refusing them."""
+    """Note launches, those on meta tensors too, as they would be for ``target`` ("sm_90", "gfx942")."""
     _Recorder.target, _Recorder.launches = target, []
     try:
         yield _Recorder.launches
@@ -67,11 +67,12 @@ def launch(
     programs = grid(chosen.tiles)
     if 0 in programs:
         return
-    if tensor.device.type == "meta":
-        if _Recorder.launches is None:
-            raise ValueError("a meta tensor holds no values to compute with; move it to a device, or record")
+    if _Recorder.launches is not None:
         names = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         _Recorder.launches.append(Launch(kernel, names, chosen))
+    elif tensor.is_meta:
+        raise ValueError("a meta tensor holds no values to compute with; move it to a device, or record")
+    if tensor.is_meta:
         return
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
         kernel[programs](*arguments, **constants, num_warps=chosen.warps, num_stages=chosen.stages)
