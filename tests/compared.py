@@ -34,7 +34,8 @@ def results(function: Callable[..., Any], case: Case) -> dict[str, Tensor]:
     if case.changed:
         outputs = tuple(t for name in case.changed for t in arguments[name])
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    found = {f"output {n}": y.detach().double() if y.dtype == torch.bool else y.detach() for n, y in enumerate(outputs)}
+    found = {f"output {n}": y.detach() for n, y in enumerate(outputs)}
+    found |= {name: y.double() for name, y in found.items() if not y.is_floating_point()}
     if not case.trained:
         return found
     generator = torch.Generator().manual_seed(1)

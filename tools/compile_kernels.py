@@ -46,6 +46,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "lora_linear": [{"bias": True}],
     "newton_schulz": [{}],
     "adamw": [{}, {"seed": 1}],
+    "adamw_8bit": [{}],
     "gated": [{"activation": a} for a in ("silu", "gelu", "gelu_tanh")],
     "linear_cross_entropy": [{}, {"bias": True, "weighted": True, "softcap": 30.0, "smoothing": 0.1}, {"frozen": True}],
 }
@@ -59,6 +60,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "lora_linear": {"rows": 256, "inputs": 256, "outputs": 256},
     "newton_schulz": {"matrices": 1, "rows": 256, "columns": 256, "steps": 1},
     "adamw": {},
+    "adamw_8bit": {},
 }
 """Operation -> options of a case that the interpreter can run."""
 

@@ -67,6 +67,11 @@ LATTICE: dict[str, list[dict[str, Any]]] = {
         for sizes in ((1,), (700, 1, 1025, 2048, 33))
         for step, decay in ((1, 0.0), (1000, 0.1))
     ],
+    "adamw_8bit": [
+        {"sizes": sizes, "step": step, "weight_decay": decay}
+        for sizes in ((1,), (700, 1, 257, 512, 33))
+        for step, decay in ((1, 0.0), (1000, 0.1))
+    ],
     "gated": [s | {"activation": a} for s in ROWS for a in ("silu", "gelu", "gelu_tanh")],
 }
 QUICK = {
@@ -77,6 +82,7 @@ QUICK = {
     "lora_linear": [3, 5],
     "newton_schulz": [2],
     "adamw": [3],
+    "adamw_8bit": [3],
     "linear_cross_entropy": [10, 13, 16, 20],
 }
 """Numbers of the points that every test run tries."""

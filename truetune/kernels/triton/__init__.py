@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from truetune.kernels.adamw import adamw
+from truetune.kernels.adamw_8bit import adamw_8bit
 from truetune.kernels.attention import packed_attention
 from truetune.kernels.gated import gated
 from truetune.kernels.linear_cross_entropy import linear_cross_entropy
@@ -33,6 +34,7 @@ KERNELS: dict[str, Op[..., Any]] = {
     "lora_linear": lora_linear,
     "newton_schulz": newton_schulz,
     "adamw": adamw,
+    "adamw_8bit": adamw_8bit,
 }
 """Name -> the operation, whose reference the kernel must equal. Its file and function beside this one are so named."""
 

@@ -6,7 +6,7 @@ costs one small copy and one launch, however many tensors there are; torch's for
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import accumulate
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from truetune.kernels.triton.launch import launch, to_device
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 ELEMENTS = 1024
 """Elements of a block."""
 
@@ -28,24 +28,31 @@ def rounded_at_random(x, seed, place):
 
 
 @triton.jit
-def adamw_many(
-    addresses, first_blocks, sizes, tensors, rate, first, second, eps, shrink, correction, root, seed,
-    PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, STOCHASTIC: tl.constexpr, HALVINGS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
+def owner(first_blocks, tensors, program, HALVINGS: tl.constexpr):
+    """The tensor that the program's block belongs to."""
     low, high = tl.zeros([], tl.int32), tl.zeros([], tl.int32) + tensors
     for _ in range(HALVINGS):
         middle = (low + high) // 2
         before = tl.load(first_blocks + middle) <= program
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
-    place = (program - tl.load(first_blocks + low)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < tl.load(sizes + low)
-    p = tl.load(addresses + low).to(tl.pointer_type(PARAMETER)) + place
-    g = tl.load(addresses + tensors + low).to(tl.pointer_type(GRADIENT)) + place
-    m = tl.load(addresses + 2 * tensors + low).to(tl.pointer_type(tl.float32)) + place
-    v = tl.load(addresses + 3 * tensors + low).to(tl.pointer_type(tl.float32)) + place
+    return low
+
+
+@triton.jit
+def adamw_many(
+    addresses, first_blocks, sizes, tensors, rate, first, second, eps, shrink, correction, root, seed,
+    PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, STOCHASTIC: tl.constexpr, HALVINGS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tensor = owner(first_blocks, tensors, program, HALVINGS)
+    place = (program - tl.load(first_blocks + tensor)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < tl.load(sizes + tensor)
+    p = tl.load(addresses + tensor).to(tl.pointer_type(PARAMETER)) + place
+    g = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT)) + place
+    m = tl.load(addresses + 2 * tensors + tensor).to(tl.pointer_type(tl.float32)) + place
+    v = tl.load(addresses + 3 * tensors + tensor).to(tl.pointer_type(tl.float32)) + place
     gradient = tl.load(g, inside, 0.0).to(tl.float32)
     mean = tl.load(m, inside, 0.0)
     mean += (gradient - mean) * (1.0 - first)
@@ -57,6 +64,21 @@ def adamw_many(
     if STOCHASTIC:
         x = rounded_at_random(x, seed, program * BLOCK + tl.arange(0, BLOCK))
     tl.store(p, x, inside)
+
+
+def table(elements: int, *lists: list[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """Addresses of all tensors, list by list; for those of the first list the first block of each, and the end, and the
+    sizes; and how many blocks of so many elements there are.
+
+    Raises ValueError for tensors that are not contiguous.
+    """
+    every = [t for tensors in lists for t in tensors]
+    if not all(t.is_contiguous() for t in every):
+        raise ValueError("parameters and their states must be contiguous; call .contiguous() on them")
+    sizes, device = [t.numel() for t in lists[0]], every[0].device
+    first_blocks = [0, *accumulate(triton.cdiv(size, elements) for size in sizes)]
+    addresses = to_device([0 if t.is_meta else t.data_ptr() for t in every], device)
+    return (addresses, to_device(first_blocks, device, torch.int32), to_device(sizes, device)), first_blocks[-1]
 
 
 def adamw(
@@ -72,27 +94,19 @@ def adamw(
     step: int,
     seed: int | None = None,
 ) -> None:
-    device, dtype = parameters[0].device, parameters[0].dtype
+    dtype = parameters[0].dtype
     gradients = [g.contiguous() for g in gradients]
-    every = [*parameters, *gradients, *means, *variances]
-    if not all(t.is_contiguous() for t in every):
-        raise ValueError("parameters and their states must be contiguous; call .contiguous() on them")
-    sizes, first_blocks, blocks = [p.numel() for p in parameters], [0], 0
-    for size in sizes:
-        first_blocks.append(blocks := blocks + triton.cdiv(size, ELEMENTS))
+    tensors, blocks = table(ELEMENTS, parameters, gradients, means, variances)
     first, second = betas
-    factors: tuple[Any, ...] = (rate, first, second, eps, 1 - rate * weight_decay)
     launch(
         adamw_many,
         lambda _: (blocks,),
-        to_device([0 if t.is_meta else t.data_ptr() for t in every], device),
-        to_device(first_blocks, device, torch.int32),
-        to_device(sizes, device),
-        *(len(sizes), *factors, 1 - first**step, (1 - second**step) ** 0.5, seed or 0),
+        *(*tensors, len(parameters), rate, first, second, eps, 1 - rate * weight_decay),
+        *(1 - first**step, (1 - second**step) ** 0.5, seed or 0),
         dtype=dtype,
-        PARAMETER=_TYPES[dtype],
-        GRADIENT=_TYPES[gradients[0].dtype],
+        PARAMETER=TYPES[dtype],
+        GRADIENT=TYPES[gradients[0].dtype],
         STOCHASTIC=seed is not None and dtype == torch.bfloat16,
-        HALVINGS=len(sizes).bit_length(),
+        HALVINGS=len(parameters).bit_length(),
         BLOCK=ELEMENTS,
     )

@@ -139,6 +139,15 @@ def newton_schulz(
     return Case({"matrices_BMN": _normal(dtype, device, matrices, rows, columns), "steps": steps})
 
 
+_ADAMW = {"rate": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def _weights(dtype: torch.dtype, device: str, sizes: tuple[int, ...]) -> dict[str, list[Tensor]]:
+    """Weights so small that an update is many steps of bf16, and their gradients."""
+    spreads = {"parameters": 0.01, "gradients": 1.0}
+    return {name: [_normal(dtype, device, n, spread=spread) for n in sizes] for name, spread in spreads.items()}
+
+
 def adamw(
     dtype: torch.dtype,
     device: str = "cpu",
@@ -148,10 +157,24 @@ def adamw(
     weight_decay: float = 0.1,
     seed: int | None = None,
 ) -> Case:
-    # Weights so small that an update is many steps of bf16.
-    spreads = {"parameters": 0.01, "gradients": 1.0}
-    lists = {name: [_normal(dtype, device, n, spread=spread) for n in sizes] for name, spread in spreads.items()}
-    lists["means"] = [_normal(torch.float32, device, n, spread=0.1) for n in sizes]
-    lists["variances"] = [_normal(torch.float32, device, n).square() for n in sizes]
-    options = {"rate": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
-    return Case(lists | options | {"step": step, "seed": seed}, changed=("parameters", "means", "variances"))
+    means = [_normal(torch.float32, device, n, spread=0.1) for n in sizes]
+    states = {"means": means, "variances": [_normal(torch.float32, device, n).square() for n in sizes]}
+    options = {"weight_decay": weight_decay, "step": step, "seed": seed}
+    return Case(_weights(dtype, device, sizes) | states | _ADAMW | options, changed=("parameters", *states))
+
+
+def adamw_8bit(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    sizes: tuple[int, ...] = (4096, 1000, 1),
+    step: int = 3,
+    weight_decay: float = 0.1,
+) -> Case:
+    states: dict[str, list[Tensor]] = {}
+    for moment, spread in (("mean", 0.1), ("variance", 1.0)):
+        codes = [torch.randint(0, 256, (n,), dtype=torch.uint8, device=device) for n in sizes]
+        scales = [_normal(torch.float32, device, -(-n // 256), spread=spread).abs() for n in sizes]
+        states |= {f"{moment}_codes": codes, f"{moment}_scales": scales}
+    options = {"weight_decay": weight_decay, "step": step}
+    return Case(_weights(dtype, device, sizes) | states | _ADAMW | options, changed=("parameters", *states))

@@ -89,6 +89,7 @@ CONFIGURATIONS: dict[str, tuple[Configuration, ...]] = {
         Row({"BLOCK_S": 64, "BLOCK_L": 32, "PRECISION": "tf32x3"}, warps=8),
     ),
     "adamw_many": (Row(),),
+    "adamw_8bit_many": (Row(warps=2),),
 }
 """Name of the kernel -> its configurations; the first that fits is taken."""
 
