@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from compared import DTYPES, check
+from compared import DTYPES, check, in_float64, results
 from interpreted import exact
 from torch import Tensor
 
@@ -114,6 +114,28 @@ def test_a_kernel_is_as_right_as_its_reference(
     monkeypatch.setattr(launch, "INTERPRETED", target)
     case = getattr(cases, name)(DTYPES[dtype], **option)
     check(name, equal(name), case, DTYPES[dtype], no_worse)
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "packed_attention", "lora_linear"])
+def test_under_autocast_it_is_as_right_as_its_reference(name: str, no_worse: Any) -> None:
+    """Those on the product's path, with fp32 tensors as full fine-tuning has them."""
+    case = getattr(cases, name)(torch.float32, **LATTICE[name][5])
+    truth = results(KERNELS[name].reference, in_float64(case))
+    with exact(), torch.autocast("cpu", torch.bfloat16):
+        ours, plain = results(equal(name), case), results(KERNELS[name].reference, case)
+    for part in truth:
+        assert ours[part].dtype == plain[part].dtype, part
+        no_worse(part, ours[part], plain[part], truth[part], torch.bfloat16)
+    assert any((ours[part] - truth[part]).norm() > 1e-4 * truth[part].norm() for part in truth), "it was not in bf16"
+
+
+def test_what_a_kernel_leaves_out_is_torch_s(no_worse: Any) -> None:
+    attention = cases.packed_attention(torch.float32, lengths=(5, 20), heads=2, keys=1, head_size=16)
+    attention.arguments["sinks_H"] = torch.randn(2)
+    check("packed_attention", equal("packed_attention"), attention, torch.float32, no_worse)
+    loss = cases.linear_cross_entropy(torch.float32, rows=9, width=16, vocabulary=50)
+    loss.arguments.update(low_NR=torch.randn(9, 4), up_VR=torch.randn(50, 4), z_loss=0.1)
+    check("linear_cross_entropy", equal("linear_cross_entropy"), loss, torch.float32, no_worse)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
