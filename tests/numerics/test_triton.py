@@ -45,7 +45,7 @@ LATTICE: dict[str, list[dict[str, Any]]] = {
         {"lengths": n, "heads": h, "keys": k, "head_size": d} | o
         for n, h, k, d in (
             ((1,), 1, 1, 64),
-            ((7, 1, 40), 4, 2, 80),
+            ((7, 1, 70), 4, 2, 80),
             ((200, 33), 3, 1, 96),
             ((130, 5), 2, 2, 128),
             ((33, 70), 2, 1, 256),
@@ -78,7 +78,7 @@ QUICK = {
     "rms_norm": [4, 7],
     "rope": [17, 20],
     "gated": [3, 4, 5],
-    "packed_attention": [4, 5, 10],
+    "packed_attention": [4, 5, 22],
     "lora_linear": [3, 5],
     "newton_schulz": [2],
     "adamw": [3],
