@@ -138,6 +138,40 @@ def test_what_a_kernel_leaves_out_is_torch_s(no_worse: Any) -> None:
     check("linear_cross_entropy", equal("linear_cross_entropy"), loss, torch.float32, no_worse)
 
 
+def test_views_are_read_by_their_strides() -> None:
+    """Every other row of larger tensors, and transposed ones, as models hand them over."""
+    loss = cases.linear_cross_entropy(torch.float32, rows=14, width=16, vocabulary=50, weighted=True)
+    attention = cases.packed_attention(torch.float32, lengths=(5, 20), heads=4, keys=2, head_size=16)
+    lora = cases.lora_linear(torch.float32, rows=20, inputs=12, outputs=40, rank=4)
+    turned = cases.rope(torch.float32, tokens=20, heads=4, keys=2, head_size=16)
+    parts: list[tuple[str, Any, dict[str, Any]]] = [
+        ("linear_cross_entropy", loss, {n: loss.arguments[n][::2] for n in ("hidden_ND", "labels_N", "weights_N")}),
+        (
+            "packed_attention",
+            attention,
+            {n: attention.arguments[n].flip(0).mT.contiguous().mT for n in attention.trained},
+        ),
+        ("lora_linear", lora, {"x": lora.arguments["x"].T.contiguous().T[::2]}),
+        ("rope", turned, {"positions_T": turned.arguments["positions_T"].repeat_interleave(2)[::2]}),
+    ]
+    for name, case, views in parts:
+        assert not all(v.is_contiguous() for v in views.values())
+        plain = KERNELS[name].reference(**case.arguments | views)
+        with exact():
+            ours = equal(name)(**case.arguments | views)
+        pairs = zip(ours, plain, strict=True) if isinstance(ours, tuple) else [(ours, plain)]
+        for found, wanted in pairs:
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_label_beyond_the_vocabulary_is_no_number() -> None:
+    case = cases.linear_cross_entropy(torch.float32, rows=3, width=16, vocabulary=50)
+    case.arguments["labels_N"][1] = 50
+    with exact():
+        terms = equal("linear_cross_entropy")(**case.arguments)
+    assert terms.total.isnan() and terms.losses.isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_stochastic_rounding_takes_a_neighbour_and_keeps_the_mean(seed: int) -> None:
     p = torch.linspace(-2, 2, 3001).bfloat16()

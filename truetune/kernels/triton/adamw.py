@@ -66,7 +66,7 @@ def adamw_many(
     tl.store(p, x, inside)
 
 
-def table(elements: int, *lists: list[Tensor]) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+def table(elements: int, *lists: list[Tensor]) -> tuple[tuple[Tensor, ...], int]:
     """Addresses of all tensors, list by list; for those of the first list the first block of each, and the end, and the
     sizes; and how many blocks of so many elements there are.
 
@@ -75,10 +75,12 @@ def table(elements: int, *lists: list[Tensor]) -> tuple[tuple[Tensor, Tensor, Te
     every = [t for tensors in lists for t in tensors]
     if not all(t.is_contiguous() for t in every):
         raise ValueError("parameters and their states must be contiguous; call .contiguous() on them")
-    sizes, device = [t.numel() for t in lists[0]], every[0].device
+    sizes = [t.numel() for t in lists[0]]
     first_blocks = [0, *accumulate(triton.cdiv(size, elements) for size in sizes)]
-    addresses = to_device([0 if t.is_meta else t.data_ptr() for t in every], device)
-    return (addresses, to_device(first_blocks, device, torch.int32), to_device(sizes, device)), first_blocks[-1]
+    addresses = torch.tensor([0 if t.is_meta else t.data_ptr() for t in every])
+    tensors = (addresses, torch.tensor(first_blocks, dtype=torch.int32), torch.tensor(sizes))
+    moved = tuple(to_device(t, every[0].device) for t in tensors)
+    return moved, first_blocks[-1]
 
 
 def adamw(

@@ -83,9 +83,8 @@ def runs(kernel: Any, tensor: Tensor, dtype: torch.dtype, size: int) -> bool:
     return choose(kernel.__name__, dtype, _target(tensor.device), size) is not None
 
 
-def to_device(values: list[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A small tensor of host values, copied without waiting for the device."""
-    host = torch.tensor(values, dtype=dtype)
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host, copied without waiting for the device."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 

@@ -161,7 +161,9 @@ class _Cut(torch.autograd.Function):
         part = _part(rows, vocabulary)
         parts = triton.cdiv(vocabulary, part)
         lse_SN, rival_SN, sum_SN = (hidden_ND.new_empty(parts, rows, dtype=torch.float32) for _ in range(3))
-        label_N = hidden_ND.new_empty(rows, dtype=torch.float32)
+        label_N = hidden_ND.new_full(
+            (rows,), torch.nan, dtype=torch.float32
+        )  # what a label beyond the vocabulary costs
         launch(
             cross_entropy_forward,
             lambda tiles: (triton.cdiv(rows, tiles["BLOCK_N"]), parts),
@@ -245,4 +247,5 @@ def linear_cross_entropy(
             hidden_ND, weight_VD, labels_N, bias_V, scale, softcap, weights_N, low_NR, up_VR, z_loss, smoothing
         )
     options = (scale, softcap, z_loss, smoothing, threshold, ordered, skipped_1)
-    return LossTerms(*_Cut.apply(hidden_ND, weight_VD, bias_V, labels_N, weights_N, options))
+    bias_V, weights_N = (x if x is None else x.contiguous() for x in (bias_V, weights_N))
+    return LossTerms(*_Cut.apply(hidden_ND, weight_VD, bias_V, labels_N.contiguous(), weights_N, options))

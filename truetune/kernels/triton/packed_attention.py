@@ -9,8 +9,8 @@ Saved: the output and one fp32 log-sum-exp per query and head. With P the weight
     dv = P^T dout        ds = P (dout v^T - sum(dout out)) g        dq = scale ds k        dk = scale ds^T q
 
 dk and dv of a key head are summed over its query heads within one program: no atomic additions, so the same result
-every time. Left out, and run by torch: sinks, dropout,
-and what the table has no row for (fp32 heads above 128 on NVIDIA, which would spill registers).
+every time. Left out, and run by torch: sinks, dropout, and what the table has no row for (fp32 heads above 128 on
+NVIDIA, which would spill registers).
 Shape suffixes: H query heads, K key heads, T tokens, d size of a query head, e of a value head.
 """
 
@@ -216,13 +216,13 @@ class _Flash(torch.autograd.Function):
 @lru_cache(maxsize=8)  # the layers of one forward have one or two kinds
 def _bounds(lengths: tuple[int, ...], window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first key that each query sees, and the last query that sees each key."""
-    first, last, start = [], [], 0
-    for length in lengths:
-        reach = length if window is None else min(window, length)
-        first += [max(start, token - reach + 1) for token in range(start, start + length)]
-        last += [min(start + length, token + reach) - 1 for token in range(start, start + length)]
-        start += length
-    return to_device(first, device, torch.int32), to_device(last, device, torch.int32)
+    length = torch.tensor(lengths, dtype=torch.int32)
+    length_T, end_T = (torch.repeat_interleave(x, length) for x in (length, length.cumsum(0, dtype=torch.int32)))
+    reach_T = length_T if window is None else length_T.clamp(max=window)
+    token_T = torch.arange(len(length_T), dtype=torch.int32)
+    first_T = torch.maximum(end_T - length_T, token_T - reach_T + 1)
+    last_T = torch.minimum(end_T, token_T + reach_T) - 1
+    return to_device(first_T, device), to_device(last_T, device)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -106,6 +106,6 @@ def rope(
     q_HTd: Tensor, k_KTd: Tensor, cos_PR: Tensor, sin_PR: Tensor, positions_T: Tensor, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     turned: tuple[Tensor, Tensor] = _Rope.apply(
-        q_HTd, k_KTd, cos_PR.contiguous(), sin_PR.contiguous(), positions_T, interleaved
+        q_HTd, k_KTd, cos_PR.contiguous(), sin_PR.contiguous(), positions_T.contiguous(), interleaved
     )
     return turned
