@@ -161,9 +161,8 @@ class _Cut(torch.autograd.Function):
         part = _part(rows, vocabulary)
         parts = triton.cdiv(vocabulary, part)
         lse_SN, rival_SN, sum_SN = (hidden_ND.new_empty(parts, rows, dtype=torch.float32) for _ in range(3))
-        label_N = hidden_ND.new_full(
-            (rows,), torch.nan, dtype=torch.float32
-        )  # what a label beyond the vocabulary costs
+        # A label beyond the vocabulary is in nobody's part: its loss stays NaN.
+        label_N = hidden_ND.new_full((rows,), torch.nan, dtype=torch.float32)
         launch(
             cross_entropy_forward,
             lambda tiles: (triton.cdiv(rows, tiles["BLOCK_N"]), parts),
