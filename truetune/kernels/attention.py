@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from truetune.kernels.native.attention import attends, attention
-from truetune.kernels.op import Op, compute_dtype, statistics_dtype
+from truetune.kernels.op import Op, compute_dtype, no_autocast, statistics_dtype
 
 SHORT = 256
 """Queries below which a CPU attends in fp32: torch's bf16 kernel took 1.2 to 2.3 times as long on 32 to 300 tokens
@@ -47,7 +47,7 @@ def packed_attention(
     dropout: probability with which an attention weight is zeroed (the rest is scaled up).
     Raises ValueError if the lengths do not add up to T or K does not divide H.
     """
-    _check(q_HTd, k_KTd, lengths)
+    check(q_HTd, k_KTd, lengths)
     document_T = torch.repeat_interleave(torch.tensor(lengths)).to(q_HTd.device)
     position_T = torch.arange(len(document_T), device=q_HTd.device)
     seen_TT = (document_T[:, None] == document_T) & (position_T[:, None] >= position_T)
@@ -70,13 +70,13 @@ def _native(
 ) -> Tensor:
     dtype = compute_dtype(q_HTd, k_KTd)
     if sinks_H is not None or dropout or not attends(dtype, q_HTd.shape[-1], v_KTe.shape[-1]):
-        return _by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout)
-    _check(q_HTd, k_KTd, lengths)
+        return by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout)
+    check(q_HTd, k_KTd, lengths)
     return attention(q_HTd.to(dtype), k_KTd.to(dtype), v_KTe.to(dtype), lengths, scale, window, softcap)
 
 
 @packed_attention.on("cuda")
-def _by_document(
+def by_document(
     q_HTd: Tensor,
     k_KTd: Tensor,
     v_KTe: Tensor,
@@ -87,7 +87,7 @@ def _by_document(
     sinks_H: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    _check(q_HTd, k_KTd, lengths)
+    check(q_HTd, k_KTd, lengths)
     if sinks_H is not None:  # so that the parts of its gradient, one per block, add up in fp32
         sinks_H = sinks_H.to(statistics_dtype(sinks_H.dtype))
 
@@ -111,7 +111,8 @@ def _by_document(
     return torch.cat(outputs, dim=1)
 
 
-def _check(q_HTd: Tensor, k_KTd: Tensor, lengths: tuple[int, ...]) -> None:
+def check(q_HTd: Tensor, k_KTd: Tensor, lengths: tuple[int, ...]) -> None:
+    """Raises ValueError for shapes that do not fit."""
     heads, tokens, _ = q_HTd.shape
     if sum(lengths) != tokens:
         raise ValueError(f"lengths add up to {sum(lengths)}, but there are {tokens} tokens; pass both in full")
@@ -138,7 +139,7 @@ def _fused(q_HBd: Tensor, k_KSd: Tensor, v_KSe: Tensor, window: int | None, scal
     dtype = compute_dtype(q_HBd, k_KSd)
     short = dtype == torch.bfloat16 and q_HBd.device.type == "cpu" and q_HBd.shape[1] < SHORT
     q_HBd, k_KSd, v_KSe = (x.to(torch.float32 if short else dtype) for x in (q_HBd, k_KSd, v_KSe))
-    with torch.autocast(q_HBd.device.type, enabled=False):
+    with no_autocast(q_HBd):
         out = F.scaled_dot_product_attention(
             q_HBd[None], k_KSd[None], v_KSe[None], mask, dropout, mask is None, scale=scale, enable_gqa=True
         )
@@ -159,7 +160,7 @@ def _explicit(
     heads, queries, _ = q_HBd.shape
     dtype = compute_dtype(q_HBd, k_KSd, v_KSe)
     work = statistics_dtype(dtype)
-    with torch.autocast(q_HBd.device.type, enabled=False):
+    with no_autocast(q_HBd):
         # Heads of one key head as one longer sequence of queries: keys and values need no copy.
         q_KGd = q_HBd.to(work).reshape(len(k_KSd), -1, q_HBd.shape[-1])
         scores_HBS = (q_KGd @ k_KSd.to(work).mT).view(heads, queries, -1) * scale

@@ -3,6 +3,8 @@
     logits = softcap * tanh(scale * (h W^T + l U^T + b) / softcap)        loss = logsumexp(logits) - logits[label]
     total = sum over rows of (weight of the row) * loss
 
+With label smoothing a the label's logit counts 1 - a and the mean of all logits a; a z-loss c adds c logsumexp^2
+(PaLM: Chowdhery et al. 2022, arXiv 2204.02311).
 The second product is that of an adapter of the head (LoRA: l = h A^T, U = s B), and may be absent.
 
 The equal goes over the rows in chunks of a fixed number of bytes and computes loss and gradients in the same
@@ -11,8 +13,8 @@ memory grows neither with the rows nor with the vocabulary. Statistics are fp32,
 weight is summed in fp32 from unrounded softmax values.
 
 Idea: chunks and gradient-in-forward as in Liger (Hsu et al. 2024, arXiv 2410.10989); cut cross-entropy
-(Wijmans et al. 2024, arXiv 2411.09009) instead chunks the vocabulary. Left out: gradient filtering, z-loss,
-label smoothing, ignored labels (the caller selects the target rows), second derivatives.
+(Wijmans et al. 2024, arXiv 2411.09009) instead chunks the vocabulary. Left out: gradient filtering,
+ignored labels (the caller selects the target rows), second derivatives.
 
 Under autocast a weight of another dtype is cast once per call, as ``F.linear`` does. The gradient of a bf16
 weight needs an fp32 accumulator of the weight's shape; that of an fp32 weight is its own.
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from truetune.kernels.op import Op, compute_dtype, statistics_dtype
+from truetune.kernels.op import Op, compute_dtype, no_autocast, statistics_dtype
 
 CHUNK_BYTES = 96 << 20
 """Most bytes that a chunk's logits and their fp32 statistics may take."""
@@ -55,12 +57,15 @@ def linear_cross_entropy(
     weights_N: Tensor | None = None,
     low_NR: Tensor | None = None,
     up_VR: Tensor | None = None,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
 ) -> LossTerms:
     """Summed cross-entropy (nats) of rows of hidden states under a linear head.
 
     hidden_ND, weight_VD and bias_V are fp32 or bf16 of one dtype, or any under autocast; labels_N are int64
     class ids in [0, V); weights_N is float32, what each row's loss counts for (None: 1), and gets no gradient.
-    low_NR and up_VR, both or neither, may have another dtype. Without rows the total is 0 and so are its gradients.
+    low_NR and up_VR, both or neither, may have another dtype. z_loss and smoothing (c and a) are part of each row's
+    loss. Without rows the total is 0 and so are its gradients.
     Gradients come back in the inputs' dtypes, and only for inputs that require them; the equals allow one backward per
     forward.
     Raises ValueError if the dtypes differ outside autocast.
@@ -71,7 +76,9 @@ def linear_cross_entropy(
     logits_NV = logits_NV.to(statistics_dtype(logits_NV.dtype)) * scale
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
-    losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none")
+    losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none", label_smoothing=smoothing)
+    if z_loss:
+        losses_N = losses_N + z_loss * logits_NV.logsumexp(1).square()
     index_N1 = labels_N[:, None]
     rivals_NV = logits_NV.detach().scatter(1, index_N1, -math.inf)
     correct_N = logits_NV.detach().gather(1, index_N1)[:, 0] > rivals_NV.amax(1)
@@ -80,7 +87,7 @@ def linear_cross_entropy(
 
 
 @linear_cross_entropy.on("cpu", "cuda")
-def _chunked(
+def chunked(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
@@ -90,9 +97,21 @@ def _chunked(
     weights_N: Tensor | None = None,
     low_NR: Tensor | None = None,
     up_VR: Tensor | None = None,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
 ) -> LossTerms:
     inputs = (hidden_ND, weight_VD, bias_V, low_NR, up_VR)
-    return LossTerms(*_Chunked.apply(*inputs, labels_N, weights_N, scale, softcap, torch.is_grad_enabled()))
+    shape = _Shape(scale, softcap, z_loss, smoothing)
+    return LossTerms(*_Chunked.apply(*inputs, labels_N, weights_N, shape, torch.is_grad_enabled()))
+
+
+class _Shape(NamedTuple):
+    """What the loss is a function of, beside its tensors."""
+
+    scale: float
+    softcap: float | None
+    z_loss: float
+    smoothing: float
 
 
 class _Chunked(torch.autograd.Function):
@@ -106,16 +125,15 @@ class _Chunked(torch.autograd.Function):
         up_VR: Tensor | None,
         labels_N: Tensor,
         weights_N: Tensor | None,
-        scale: float,
-        softcap: float | None,
+        shape: _Shape,
         gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (hidden_ND, weight_VD, bias_V, low_NR, up_VR)
         wanted = tuple(gradients and needed for needed in ctx.needs_input_grad[: len(inputs)])
         dtype = compute_dtype(hidden_ND, weight_VD)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+        with no_autocast(hidden_ND):
             up_VR = None if up_VR is None else up_VR.to(dtype)
-            sweep = _Sweep(weight_VD.to(dtype), bias_V, up_VR, scale, softcap, len(hidden_ND))
+            sweep = _Sweep(weight_VD.to(dtype), bias_V, up_VR, shape, len(hidden_ND))
             losses_N, correct_N, found = sweep(hidden_ND, low_NR, labels_N, weights_N, wanted)
         pairs = zip(found, inputs, strict=True)
         ctx.save_for_backward(*(None if g is None or x is None else g.to(x.dtype) for g, x in pairs))
@@ -129,31 +147,26 @@ class _Chunked(torch.autograd.Function):
         # In place, since the weight's gradient can be the largest tensor of a run. Autograd's version
         # counter makes a second backward through the same graph an error rather than a wrong gradient.
         scaled = (None if g is None else g.mul_(grad_total) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 class _Sweep:
     """One pass over the rows with buffers that are allocated once."""
 
     def __init__(
-        self,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        up_VR: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        rows: int,
+        self, weight_VD: Tensor, bias_V: Tensor | None, up_VR: Tensor | None, shape: _Shape, rows: int
     ) -> None:
-        self.weight_VD, self.bias_V, self.up_VR, self.scale, self.softcap = weight_VD, bias_V, up_VR, scale, softcap
+        self.weight_VD, self.bias_V, self.up_VR = weight_VD, bias_V, up_VR
+        self.scale, self.softcap, self.z_loss, self.smoothing = shape
         dtype, work = weight_VD.dtype, statistics_dtype(weight_VD.dtype)
         vocabulary = len(weight_VD)
-        row_bytes = vocabulary * (work.itemsize * (1 + (softcap is not None)) + dtype.itemsize * (dtype != work))
+        row_bytes = vocabulary * (work.itemsize * (1 + (self.softcap is not None)) + dtype.itemsize * (dtype != work))
         chunks = math.ceil(rows / max(1, CHUNK_BYTES // row_bytes))
         self.rows = math.ceil(rows / max(1, chunks))
-        shape = (self.rows, vocabulary)
-        self.work_CV = weight_VD.new_empty(shape, dtype=work)
-        self.logits_CV = self.work_CV if dtype == work else weight_VD.new_empty(shape)
-        self.slope_CV = None if softcap is None else weight_VD.new_empty(shape, dtype=work)
+        chunk = (self.rows, vocabulary)
+        self.work_CV = weight_VD.new_empty(chunk, dtype=work)
+        self.logits_CV = self.work_CV if dtype == work else weight_VD.new_empty(chunk)
+        self.slope_CV = None if self.softcap is None else weight_VD.new_empty(chunk, dtype=work)
 
     def __call__(
         self,
@@ -177,10 +190,10 @@ class _Sweep:
             part = slice(start, start + self.rows)
             hidden_CD, labels_C1 = hidden_ND[part].to(self.weight_VD.dtype), labels_N[part, None]
             low_CR = None if low_NR is None else low_NR[part].to(self.weight_VD.dtype)
-            work_CV = self._softmax(hidden_CD, low_CR, labels_C1, losses_N[part], correct_N[part])
+            work_CV, lse_C1 = self._softmax(hidden_CD, low_CR, labels_C1, losses_N[part], correct_N[part])
             if not any(wanted):
                 continue
-            self._to_gradient(work_CV, labels_C1)
+            self._to_gradient(work_CV, lse_C1, labels_C1)
             if weights_N is not None:
                 work_CV.mul_(weights_N[part, None])
             logits_CV = self.logits_CV[: len(hidden_CD)]
@@ -200,8 +213,8 @@ class _Sweep:
 
     def _softmax(
         self, hidden_CD: Tensor, low_CR: Tensor | None, labels_C1: Tensor, losses_C: Tensor, correct_C: Tensor
-    ) -> Tensor:
-        """Fill losses_C and correct_C; return the softmax, which stands in the work buffer."""
+    ) -> tuple[Tensor, Tensor]:
+        """Fill losses_C and correct_C; return the softmax, which stands in the work buffer, and the log-sum-exp."""
         rows = len(hidden_CD)
         work_CV, logits_CV = self.work_CV[:rows], self.logits_CV[:rows]
         torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
@@ -220,17 +233,24 @@ class _Sweep:
         label_C1 = work_CV.gather(1, labels_C1)
         rival_C1 = work_CV.scatter_(1, labels_C1, -math.inf).amax(1, keepdim=True)
         work_CV.scatter_(1, labels_C1, label_C1)
+        mean_C1 = work_CV.mean(1, keepdim=True) if self.smoothing else label_C1
         torch.softmax(work_CV, 1, out=work_CV)
         # The largest probability is 1 / sum exp(z - max z), at least 1/V: its logarithm never overflows,
         # whereas that of the label's probability would.
         logsumexp_C1 = torch.maximum(label_C1, rival_C1) - work_CV.amax(1, keepdim=True).log()
-        losses_C.copy_((logsumexp_C1 - label_C1)[:, 0])
+        losses_C.copy_((logsumexp_C1 - label_C1.lerp(mean_C1, self.smoothing))[:, 0])
+        if self.z_loss:
+            losses_C += self.z_loss * logsumexp_C1[:, 0].square()
         correct_C.copy_((label_C1 > rival_C1)[:, 0])
-        return work_CV
+        return work_CV, logsumexp_C1
 
-    def _to_gradient(self, work_CV: Tensor, labels_C1: Tensor) -> None:
+    def _to_gradient(self, work_CV: Tensor, lse_C1: Tensor, labels_C1: Tensor) -> None:
         """Turn the softmax, in place, into the gradient of the summed loss by h W^T + b."""
-        work_CV.scatter_add_(1, labels_C1, work_CV.new_full((1, 1), -1.0).expand_as(labels_C1))
+        if self.z_loss:
+            work_CV.mul_(1 + 2 * self.z_loss * lse_C1)
+        if self.smoothing:
+            work_CV.sub_(self.smoothing / work_CV.shape[1])
+        work_CV.scatter_add_(1, labels_C1, work_CV.new_full((1, 1), self.smoothing - 1).expand_as(labels_C1))
         if self.slope_CV is not None:
             work_CV.mul_(self.slope_CV[: len(work_CV)])
         if self.scale != 1.0:

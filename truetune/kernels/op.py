@@ -1,12 +1,13 @@
 """One operation: a reference in plain torch, and per device type a faster equal.
 
-The equal is chosen at each call by the device of the first tensor argument, so a model may move between
-devices. ``TRUETUNE_REFERENCE=1`` forces the reference everywhere: the first thing to try when a figure
+The equal is chosen at each call by the device of the first tensor argument (of a list, its first), so a model may
+move between devices. ``TRUETUNE_REFERENCE=1`` forces the reference everywhere: the first thing to try when a figure
 looks wrong. A device without an equal runs the reference. ``TRUETUNE_OFF=name,name`` turns off single fast paths.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -53,8 +54,16 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if os.environ.get("TRUETUNE_REFERENCE") == "1":
             return self.reference(*args, **kwargs)
-        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        given = (a[0] if isinstance(a, list) else a for a in (*args, *kwargs.values()))
+        device = next(a.device.type for a in given if isinstance(a, Tensor))
         return self.equals.get(device, self.reference)(*args, **kwargs)
+
+
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast, for which not every device ("meta", where kernels are tried) has a name."""
+    device = tensor.device.type
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -64,7 +73,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """
     first = tensors[0]
     device = first.device.type
-    if torch.is_autocast_enabled(device) and first.dtype != torch.float64:
+    known = torch.amp.is_autocast_available(device)
+    if known and torch.is_autocast_enabled(device) and first.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if any(t.dtype != first.dtype for t in tensors):
         found = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)

@@ -1,0 +1,126 @@
+"""Training with every Triton kernel on equals training with the references: loss and weights of tiny models.
+
+In the interpreter, on CPU tensors. Attention, the LoRA layers, and head with loss are the product's own path; the
+model's norms, rotary positions and gated layers, and the optimizer's step, are put on their kernels by this test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from interpreted import exact
+from tiny import random_documents, tiny, tiny_trainer, wrap
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from truetune.kernels.adamw import adamw
+from truetune.kernels.gated import gated
+from truetune.kernels.rms_norm import rms_norm
+from truetune.kernels.rope import rope
+from truetune.kernels.triton import KERNELS, equal, switched_on
+from truetune.training.record import Step
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch's, over the operation."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, {"weight_decay": 0.01})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            lists: dict[str, list[Tensor]] = {"means": [], "variances": []}
+            for p in group["params"]:
+                state = self.state[p]
+                for name, tensors in lists.items():
+                    tensors.append(state.setdefault(name, torch.zeros_like(p)))
+                state["step"] = state.get("step", 0) + 1
+            options = {"rate": group["lr"], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": group["weight_decay"]}
+            with torch.no_grad():
+                gradients = [p.grad for p in group["params"]]
+                adamw(group["params"], gradients, **lists, **options, step=state["step"])
+
+
+def put_on_operations(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, rotary positions and gated layers of the model's family, through our operations."""
+    modeling = importlib.import_module(type(model).__module__)
+    family = type(model).__name__.removesuffix("ForCausalLM")
+
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        half, positions = cos.shape[-1] // 2, torch.arange(cos.shape[1])
+        q, k = rope(q[0], k[0], cos[0, :, :half], sin[0, :, :half], positions)
+        return q[None], k[None]
+
+    def normed(self: Any, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.variance_epsilon)[0]
+
+    def fed(self: Any, x: Tensor) -> Tensor:
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", turned)
+    monkeypatch.setattr(getattr(modeling, f"{family}RMSNorm"), "forward", normed)
+    monkeypatch.setattr(getattr(modeling, f"{family}MLP"), "forward", fed)
+
+
+def run(family: str, lora: bool, steps: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses of the steps, and how far each weight went."""
+    model = wrap(tiny(family), lora)
+    start = {n: p.detach().double() for n, p in model.trainable().items()}
+    model.to(dtype)
+    trainer = tiny_trainer(model, random_documents(60), rate=1e-2, length={"steps": steps})
+    trainer.optimizer = AdamW(trainer.optimizer.param_groups)
+    losses = [record.loss for record in trainer.steps() if isinstance(record, Step)]
+    return torch.tensor(losses).double(), {n: p.detach().double() - start[n] for n, p in model.trainable().items()}
+
+
+def noting(name: str, called: set[str]) -> Callable[..., Any]:
+    """The kernel, which also notes that it was called."""
+    kernel = equal(name)
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        called.add(name)
+        return kernel(*arguments, **options)
+
+    return noted
+
+
+RUNS = [
+    ("llama", True, 1),
+    *(
+        pytest.param(family, lora, 10, marks=pytest.mark.proof)
+        for family in ("llama", "qwen2")
+        for lora in (False, True)
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "lora", "steps"), RUNS)
+def test_steps_with_every_kernel_are_the_reference_s(
+    family: str, lora: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUETUNE_REFERENCE", "1")
+    truth, true_moves = run(family, lora, steps, torch.float64)
+    plain, plain_moves = run(family, lora, steps, torch.float32)
+    monkeypatch.delenv("TRUETUNE_REFERENCE")
+    called: set[str] = set()
+    with monkeypatch.context() as patches, exact():
+        put_on_operations(tiny(family), patches)
+        for name in KERNELS:
+            patches.setattr(sys.modules[equal(name).__module__], name, noting(name, called))
+        with switched_on("cpu"):
+            ours, our_moves = run(family, lora, steps, torch.float32)
+    assert called == KERNELS.keys() - {"newton_schulz", "adamw_8bit"} - (set() if lora else {"lora_linear"})
+    assert len(truth) == steps
+    assert (ours - truth).norm() <= 2 * (plain - truth).norm() + 1e-6 * truth.norm()
+    error, allowed = (
+        sum(float((moves[n] - moved).square().sum()) for n, moved in true_moves.items()) ** 0.5
+        for moves in (our_moves, plain_moves)
+    )
+    moved = sum(float(m.square().sum()) for m in true_moves.values()) ** 0.5
+    # AdamW divides by the gradient's own size: where that is next to nothing, one element's rounding errors grow alone.
+    assert error <= 2 * allowed + 1e-5 * moved, f"{error:.3g}, plain {allowed:.3g}, moved {moved:.3g}"

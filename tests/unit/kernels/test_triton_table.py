@@ -1,0 +1,75 @@
+"""The table of Triton kernels: who is chosen on CUDA, what is imported when, what a launch without values does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+
+import pytest
+import torch
+from interpreted import exact
+
+from truetune.kernels import triton as table
+from truetune.kernels.gated import gated
+from truetune.kernels.triton import KERNELS, cases, equal, switched_on
+from truetune.kernels.triton.configurations import CONFIGURATIONS, choose
+from truetune.kernels.triton.launch import recording
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in KERNELS.values():
+        monkeypatch.setattr(op, "equals", dict(op.equals))
+
+
+def test_nothing_is_chosen_on_cuda_until_it_was_timed() -> None:
+    assert not table.ON_CUDA
+    assert "cuda" not in gated.equals
+
+
+def test_a_kernel_in_the_table_takes_torch_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "ON_CUDA", frozenset({"gated"}))
+    table.install()
+    x = torch.randn(8)
+    with exact():
+        torch.testing.assert_close(gated.equals["cuda"](x, x), gated.reference(x, x))
+
+
+def test_without_triton_torch_s_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> ModuleSpec | None:
+        return None
+
+    monkeypatch.setattr(table, "ON_CUDA", frozenset({"gated"}))
+    monkeypatch.setattr(table, "find_spec", missing)
+    table.install()
+    assert "cuda" not in gated.equals
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    code = "import sys, truetune.kernels; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_switch_is_undone() -> None:
+    before = {name: dict(op.equals) for name, op in KERNELS.items()}
+    with switched_on("cpu", "gated"):
+        assert gated.equals["cpu"] is equal("gated")
+        assert KERNELS["rope"].equals == before["rope"]
+    assert {name: op.equals for name, op in KERNELS.items()} == before
+
+
+def test_values_that_are_not_there_are_refused_or_noted() -> None:
+    case = cases.gated(torch.bfloat16, "meta")
+    with pytest.raises(ValueError, match="holds no values"):
+        equal("gated")(**case.arguments)
+    with recording("sm_80") as launches:
+        y = equal("gated")(**case.arguments)
+    assert [x.kernel.__name__ for x in launches] == ["gated_forward"] and y.is_meta
+
+
+def test_the_first_row_that_fits_is_taken() -> None:
+    assert choose("attention_keys", torch.bfloat16, "gfx942", 64) is CONFIGURATIONS["attention_keys"][0]
+    assert choose("attention_keys", torch.bfloat16, "sm_90", 128) is CONFIGURATIONS["attention_keys"][1]
+    assert choose("attention_keys", torch.float32, "sm_90", 256) is None
+    assert choose("attention_keys", torch.bfloat16, "sm_90", 512) is None
