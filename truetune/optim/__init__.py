@@ -7,11 +7,32 @@ from collections.abc import Callable
 import torch
 
 from truetune.optim.adamw import adamw
-from truetune.optim.groups import parameter_groups
+from truetune.optim.adaptive import SGD, Adafactor, DiffGrad, Lion, NadamW
+from truetune.optim.groups import KINDS, kinds_of, parameter_groups
+from truetune.optim.rule import SHARED, Rule, averaged, averages, take_averages
 
-__all__ = ["OPTIMIZERS", "adamw", "parameter_groups", "set_rate"]
+__all__ = [
+    "KINDS",
+    "OPTIMIZERS",
+    "SHARED",
+    "Rule",
+    "adamw",
+    "averaged",
+    "averages",
+    "kinds_of",
+    "parameter_groups",
+    "set_rate",
+    "take_averages",
+]
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "nadamw": NadamW,
+    "sgd": SGD,
+    "lion": Lion,
+    "adafactor": Adafactor,
+    "diffgrad": DiffGrad,
+}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
