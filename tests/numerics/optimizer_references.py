@@ -89,3 +89,114 @@ def adafactor(x: Tensor, *, rate: float, power=0.8, threshold=1.0, weight_decay=
         u = g / estimate.sqrt().clamp(min=tiny)
         u = u / max(1.0, rms(u) / threshold)
         x = x * (1 - rate * weight_decay) - rate * max(1e-3, rms(x)) * u
+
+
+def newton_schulz(x: Tensor, rounds: int) -> Tensor:
+    if x.shape[0] > x.shape[1]:
+        return newton_schulz(x.T, rounds).T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(rounds):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def by_matrix(function):
+    """A rule of matrices, for tensors of three dimensions too: each of the first is a matrix of its own."""
+
+    def joined(x: Tensor, **options) -> Steps:
+        if x.ndim == 2:
+            yield from function(x, **options)
+        each = [function(part, **options) for part in x]
+        g = yield torch.stack([next(one) for one in each])
+        while True:
+            g = yield torch.stack([one.send(part) for one, part in zip(each, g, strict=True)])
+
+    return joined
+
+
+@by_matrix
+def muon(
+    x: Tensor,
+    *,
+    rate: float,
+    momentum=0.95,
+    nesterov=True,
+    convention="average",
+    scale="rms",
+    rounds=5,
+    weight_decay=0.0,
+) -> Steps:
+    m = torch.zeros_like(x)
+    rows, columns = x.shape
+    while True:
+        g = yield x
+        if convention == "average":
+            m = ema(m, g, momentum)
+            u = ema(m, g, momentum) if nesterov else m
+        else:
+            m = momentum * m + g
+            u = momentum * m + g if nesterov else m
+        factor = {"rms": 0.2 * math.sqrt(max(rows, columns)), "spectral": math.sqrt(max(1, rows / columns)), "none": 1}
+        x = x - rate * weight_decay * x - rate * factor[scale] * newton_schulz(u, rounds)
+
+
+@by_matrix
+def soap(
+    x: Tensor,
+    *,
+    rate: float,
+    betas=(0.95, 0.95),
+    preconditioner=None,
+    frequency=10,
+    largest=10_000,
+    eps=1e-8,
+    weight_decay=0.0,
+) -> Steps:
+    beta = betas[1] if preconditioner is None else preconditioner
+    sides = [size <= largest for size in x.shape]
+    q = [torch.eye(size, dtype=x.dtype) for size in x.shape]
+    g = yield x
+    a = [(1 - beta) * (g @ g.T), (1 - beta) * (g.T @ g)]
+    for i in (0, 1):
+        if sides[i]:
+            tiny = 1e-30 * torch.eye(x.shape[i], dtype=x.dtype)
+            q[i] = torch.linalg.eigh(a[i] + tiny)[1].flip(1)
+    m = v = torch.zeros_like(x)
+    for t in count(1):
+        g = yield x
+        turned = q[0].T @ g @ q[1]
+        m, v = ema(m, turned, betas[0]), ema(v, turned**2, betas[1])
+        size = rate * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        x = x - size * (q[0] @ (m / (v.sqrt() + eps)) @ q[1].T)
+        x = x - rate * weight_decay * x
+        m = q[0] @ m @ q[1].T
+        a = [ema(a[0], g @ g.T, beta), ema(a[1], g.T @ g, beta)]
+        if t % frequency == 0:
+            for i in (0, 1):
+                if sides[i]:
+                    order = torch.diag(q[i].T @ a[i] @ q[i]).argsort(descending=True)
+                    v = v.index_select(i, order)
+                    q[i] = torch.linalg.qr(a[i] @ q[i][:, order])[0]
+        m = q[0].T @ m @ q[1]
+
+
+@by_matrix
+def shampoo(x: Tensor, *, rate: float, betas=(0.9, 0.99), frequency=10, eps=1e-6, weight_decay=0.0) -> Steps:
+    m = v = torch.zeros_like(x)
+    left, right = (torch.zeros(size, size, dtype=x.dtype) for size in x.shape)
+
+    def root(a: Tensor) -> Tensor:
+        values, q = torch.linalg.eigh(a)
+        return q @ torch.diag((values.clamp(min=0) + eps * values.max()) ** -0.25) @ q.T
+
+    for t in count(1):
+        g = yield x
+        m, v = ema(m, g, betas[0]), ema(v, g**2, betas[1])
+        left, right = ema(left, g @ g.T, betas[1]), ema(right, g.T @ g, betas[1])
+        if (t - 1) % frequency == 0:
+            roots = [root(a / (1 - betas[1] ** t)) for a in (left, right)]
+        m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+        adam = m_hat / (v_hat.sqrt() + eps)
+        u = roots[0] @ m_hat @ roots[1]
+        x = x * (1 - rate * weight_decay) - rate * u * adam.norm() / u.norm()

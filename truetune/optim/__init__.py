@@ -9,6 +9,7 @@ import torch
 from truetune.optim.adamw import adamw
 from truetune.optim.adaptive import SGD, Adafactor, DiffGrad, Lion, NadamW
 from truetune.optim.groups import KINDS, kinds_of, parameter_groups
+from truetune.optim.matrix import SOAP, Muon, Shampoo
 from truetune.optim.rule import SHARED, Rule, averaged, averages, take_averages
 
 __all__ = [
@@ -32,6 +33,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "lion": Lion,
     "adafactor": Adafactor,
     "diffgrad": DiffGrad,
+    "muon": Muon,
+    "soap": SOAP,
+    "shampoo": Shampoo,
 }
 
 
