@@ -122,7 +122,10 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
     """The recipe's rule over the model's trained parameters; of what it does not take, AdamW."""
     chosen = recipe.optimizer
     optimizer = registry.bind("optimizer", OPTIMIZERS, chosen.name, chosen.options)
-    takes = getattr(registry.resolve("optimizer", OPTIMIZERS, chosen.name), "takes", None)
+    rule = registry.resolve("optimizer", OPTIMIZERS, chosen.name)
+    if getattr(rule, "finds_rate", False) and "rate" not in chosen.model_fields_set:
+        raise UserError(f'optimizer "{chosen.name}" finds its rate, and optimizer.rate multiplies it; set it to 1')
+    takes = getattr(rule, "takes", None)
     if takes is None and chosen.takes is not None:
         raise UserError(f'optimizer.takes means nothing with optimizer "{chosen.name}", which takes all; remove it')
     if "vectors" in (chosen.takes or ()) and "vectors" not in (takes or KINDS):

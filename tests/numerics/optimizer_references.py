@@ -200,3 +200,192 @@ def shampoo(x: Tensor, *, rate: float, betas=(0.9, 0.99), frequency=10, eps=1e-6
         adam = m_hat / (v_hat.sqrt() + eps)
         u = roots[0] @ m_hat @ roots[1]
         x = x * (1 - rate * weight_decay) - rate * u * adam.norm() / u.norm()
+
+
+def leading(g: Tensor, rank: int) -> Tensor:
+    """P [rank, smaller side] of the first singular vectors."""
+    u, _, vt = torch.linalg.svd(g, full_matrices=False)
+    return vt[:rank] if g.shape[0] >= g.shape[1] else u[:, :rank].T
+
+
+@by_matrix
+def galore(
+    x: Tensor, *, rate: float, rank=128, gap=200, scale=0.25, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0
+) -> Steps:
+    right = x.shape[0] >= x.shape[1]
+    m = v = torch.zeros(1, dtype=x.dtype)
+    for t in count(1):
+        g = yield x
+        if (t - 1) % gap == 0:
+            p = leading(g, rank)
+        low = g @ p.T if right else p @ g
+        m, v = ema(m, low, betas[0]), ema(v, low**2, betas[1])
+        u = m / (v.sqrt() + eps)
+        u = scale * (u @ p if right else p.T @ u)
+        x = x - rate * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) * u
+        x = x - rate * weight_decay * x
+
+
+def limiter(u: Tensor, before: float | None) -> tuple[Tensor, float]:
+    """Fira's: the norm is at most 1.01 times the one before."""
+    norm = float(u.norm())
+    factor = max(norm / (before + 1e-8), 1.01) / 1.01 if before else 1.0
+    return u / factor, norm / factor
+
+
+@by_matrix
+def fira(
+    x: Tensor, *, rate: float, rank=128, gap=200, scale=1.0, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0
+) -> Steps:
+    right = x.shape[0] >= x.shape[1]
+    m = v = torch.zeros(1, dtype=x.dtype)
+    before = None
+    for t in count(1):
+        g = yield x
+        if (t - 1) % gap == 0:
+            p = leading(g, rank)
+        low = g @ p.T if right else p @ g
+        m, v = ema(m, low, betas[0]), ema(v, low**2, betas[1])
+        psi = m / (v.sqrt() + eps)
+        residual = g - (low @ p if right else p.T @ low)
+        if right:
+            phi = psi.norm(dim=1) / (low.norm(dim=1) + 1e-8)
+            residual, before = limiter(torch.diag(phi) @ residual, before)
+        else:
+            phi = psi.norm(dim=0) / (low.norm(dim=0) + 1e-8)
+            residual, before = limiter(residual @ torch.diag(phi), before)
+        u = scale * (psi @ p if right else p.T @ psi) + residual
+        x = x - rate * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) * u
+        x = x - rate * weight_decay * x
+
+
+@by_matrix
+def apollo(
+    x: Tensor,
+    *,
+    rate: float,
+    rank=128,
+    gap=200,
+    scale=1.0,
+    per="channel",
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    weight_decay=0.0,
+) -> Steps:
+    tall, side = x.shape[0] >= x.shape[1], min(x.shape)
+    rank = min(rank, side)
+    m = v = torch.zeros(1, dtype=x.dtype)
+    before = None
+    for t in count(1):
+        g = yield x
+        torch.manual_seed((t - 1) // gap)
+        p = torch.randn(side, rank, dtype=x.dtype).T / math.sqrt(rank)
+        low = p @ (g.T if tall else g)
+        m, v = ema(m, low, betas[0]), ema(v, low**2, betas[1])
+        psi = m / (v.sqrt() + eps)
+        if per == "tensor":
+            s = psi.norm() / (low.norm() + 1e-8) * torch.ones(max(x.shape), dtype=x.dtype)
+        else:
+            s = psi.norm(dim=0) / (low.norm(dim=0) + 1e-8)
+        u, before = limiter(g * (s[:, None] if tall else s), before)
+        x = x - rate * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) * scale * u
+        x = x - rate * weight_decay * x
+
+
+def schedule_free(direction, x: Tensor, rate: float, beta: float, power: float, weight_decay: float) -> Steps:
+    """z, its running mean x, and gradients at y between them; here y is made anew from both at every step."""
+    z, total = x, 0.0
+    for t in count(1):
+        y = (1 - beta) * z + beta * x
+        g = yield y
+        z = z - rate * (direction(g, t) + weight_decay * y)
+        weight = t**power * rate**2
+        total += weight
+        x = x + (z - x) * weight / total
+
+
+def schedule_free_adamw(x: Tensor, *, rate: float, betas=(0.9, 0.999), eps=1e-8, power=0.0, weight_decay=0.0) -> Steps:
+    v = torch.zeros_like(x)
+
+    def direction(g: Tensor, t: int) -> Tensor:
+        nonlocal v
+        v = ema(v, g**2, betas[1])
+        return g / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+
+    return schedule_free(direction, x, rate, betas[0], power, weight_decay)
+
+
+def schedule_free_sgd(x: Tensor, *, rate: float, momentum=0.9, power=0.0, weight_decay=0.0) -> Steps:
+    return schedule_free(lambda g, t: g, x, rate, momentum, power, weight_decay)
+
+
+def norm(xs: list[Tensor]) -> float:
+    return math.sqrt(sum(float(x.square().sum()) for x in xs))
+
+
+def dog(xs: list[Tensor], *, rate: float, first=1e-6, per="all", eps=1e-8, weight_decay=0.0) -> JointSteps:
+    if per == "tensor":
+        each = [dog([x], rate=rate, first=first, eps=eps, weight_decay=weight_decay) for x in xs]
+        gs = yield [next(one)[0] for one in each]
+        while True:
+            gs = yield [one.send([g])[0] for one, g in zip(each, gs, strict=True)]
+    start, total, r = xs, eps, first * (1 + norm(xs))
+    while True:
+        gs = yield xs
+        gs = [g + weight_decay * x for g, x in zip(gs, xs, strict=True)]
+        r = max(r, norm([x - a for x, a in zip(xs, start, strict=True)]))
+        total += norm(gs) ** 2
+        xs = [x - rate * r / math.sqrt(total) * g for x, g in zip(xs, gs, strict=True)]
+
+
+def dot(xs: list[Tensor], ys: list[Tensor]) -> float:
+    return sum(float((x * y).sum()) for x, y in zip(xs, ys, strict=True))
+
+
+def l1(xs: list[Tensor]) -> float:
+    return sum(float(x.abs().sum()) for x in xs)
+
+
+def dadapt_adam(
+    xs: list[Tensor], *, rate: float, first=1e-6, growth=None, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+) -> JointSteps:
+    d, weighted, root = first, 0.0, math.sqrt(betas[1])
+    m = v = s = [torch.zeros_like(x) for x in xs]
+    while True:
+        gs = yield xs
+        w = d * rate
+        numerator = w * dot(gs, [a / (b.sqrt() + eps) for a, b in zip(s, v, strict=True)])
+        m = [ema(a, w * g, betas[0]) for a, g in zip(m, gs, strict=True)]
+        v = [ema(a, g**2, betas[1]) for a, g in zip(v, gs, strict=True)]
+        s = [ema(a, w * g, root) for a, g in zip(s, gs, strict=True)]
+        weighted = root * weighted + (1 - root) * numerator
+        d = max(d, min(weighted / ((1 - root) * l1(s)), d * (growth or math.inf)))
+        xs = [x * (1 - weight_decay * w) - a / (b.sqrt() + eps) for x, a, b in zip(xs, m, v, strict=True)]
+
+
+def prodigy(
+    xs: list[Tensor],
+    *,
+    rate: float,
+    first=1e-6,
+    coefficient=1.0,
+    growth=None,
+    safeguard=False,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.0,
+) -> JointSteps:
+    d, most, numerator, root, start = first, first, 0.0, math.sqrt(betas[1]), xs
+    m = v = s = [torch.zeros_like(x) for x in xs]
+    while True:
+        gs = yield xs
+        w = d * rate
+        numerator = root * numerator + d / first * w * dot(gs, [a - x for a, x in zip(start, xs, strict=True)])
+        m = [ema(a, d * g, betas[0]) for a, g in zip(m, gs, strict=True)]
+        v = [ema(a, (d * g) ** 2, betas[1]) for a, g in zip(v, gs, strict=True)]
+        s = [root * a + d / first * (d if safeguard else w) * g for a, g in zip(s, gs, strict=True)]
+        found = coefficient * numerator / l1(s)
+        d = max(d, found) if d == first else d
+        most = max(most, found)
+        d = min(most, d * (growth or math.inf))
+        xs = [x * (1 - weight_decay * w) - w * a / (b.sqrt() + d * eps) for x, a, b in zip(xs, m, v, strict=True)]

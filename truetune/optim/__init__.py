@@ -9,8 +9,11 @@ import torch
 from truetune.optim.adamw import adamw
 from truetune.optim.adaptive import SGD, Adafactor, DiffGrad, Lion, NadamW
 from truetune.optim.groups import KINDS, kinds_of, parameter_groups
+from truetune.optim.low_rank import Apollo, Fira, GaLore
 from truetune.optim.matrix import SOAP, Muon, Shampoo
+from truetune.optim.rate_free import DAdaptAdam, DoG, Prodigy
 from truetune.optim.rule import SHARED, Rule, averaged, averages, take_averages
+from truetune.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 
 __all__ = [
     "KINDS",
@@ -36,6 +39,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "muon": Muon,
     "soap": SOAP,
     "shampoo": Shampoo,
+    "galore": GaLore,
+    "fira": Fira,
+    "apollo": Apollo,
+    "schedule-free-adamw": ScheduleFreeAdamW,
+    "schedule-free-sgd": ScheduleFreeSGD,
+    "dog": DoG,
+    "dadapt-adam": DAdaptAdam,
+    "prodigy": Prodigy,
 }
 
 

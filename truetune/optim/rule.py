@@ -57,13 +57,14 @@ class Rule(Optimizer):
 
     takes: the kinds of parameters that it is meant for (``groups.KINDS``).
     waits: steps at the beginning that only gather what it needs and move nothing.
-    averages_weights: whether there are ``averages``.
+    averages_weights: whether there are ``averages``. finds_rate: whether the rate only multiplies what it finds.
     Raises UserError for an option out of its range.
     """
 
     takes: ClassVar[tuple[str, ...]] = KINDS
     waits: ClassVar[int] = 0
     averages_weights: ClassVar[bool] = False
+    finds_rate: ClassVar[bool] = False
 
     def __init__(self, groups: Groups, rate: float, **options: Any) -> None:
         for name, value in options.items():
