@@ -17,11 +17,14 @@ from truetune.spelling import read
 from truetune.training.checkpoint import Checkpoints
 
 SHORT = ("evaluation.samples=0", "output.merged=false", "checkpoint.keep=1", "train.steps=6")
-FULL = ("adapter.method=full",)
 RUNS = {
     "soap": ("optimizer.frequency=2",),
-    "muon": (*FULL, "optimizer.scale=spectral", "optimizer.rest_rate=1e-3"),
-    "galore": (*FULL, "optimizer.rank=4", "optimizer.gap=2", "optimizer.takes=[matrices,embeddings,head]"),
+    "galore": (
+        "adapter.method=full",
+        "optimizer.rank=4",
+        "optimizer.gap=2",
+        "optimizer.takes=[matrices,embeddings,head]",
+    ),
     "schedule-free-adamw": ("schedule.name=constant",),
     "prodigy": ("optimizer.rate=1", "optimizer.first=1e-4"),
 }
@@ -78,17 +81,14 @@ def test_the_average_is_evaluated_kept_and_exported_and_training_goes_on_from_el
     assert same_file(folder / "adapter" / "adapter_model.safetensors", tmp_path / "again" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["galore", "schedule-free-adamw"])
 def test_the_disk_is_asked_for_what_a_checkpoint_holds(
     name: str, my_model: Path, my_data: Path, tmp_path: Path
 ) -> None:
-    jobs = [
-        assemble(read(None, [*asked(name, my_model, my_data, tmp_path), *more]))
-        for more in ((), ("checkpoint.keep=2",))
-    ]
+    more = asked(name, my_model, my_data, tmp_path)
+    jobs = [assemble(read(None, [*more, f"checkpoint.keep={keep}"])) for keep in (1, 2)]
     trainer = jobs[0].trainer
     trainer.preflight = trainer.evaluator = trainer.sampler = None
-    trainer.stream.steps = 1
     next(r for r in trainer.steps() if r.kind == "step")
     tensors, _ = trainer.state()
     held = sum(t.nbytes for kind in ("weights", "optimizer", "averages") for t in tensors.get(kind, {}).values())
@@ -98,5 +98,5 @@ def test_the_disk_is_asked_for_what_a_checkpoint_holds(
 
 def test_a_rule_that_finds_its_rate_wants_the_rate_written(my_model: Path, my_data: Path, tmp_path: Path) -> None:
     more = [key for key in asked("prodigy", my_model, my_data, tmp_path / "run") if "optimizer.rate" not in key]
-    with pytest.raises(UserError, match='"prodigy" finds its rate, and optimizer.rate multiplies it; set it to 1'):
+    with pytest.raises(UserError, match=r'"prodigy" finds its rate, and optimizer.rate multiplies it; set it to 1'):
         assemble(read(None, more))
