@@ -389,3 +389,63 @@ def prodigy(
         most = max(most, found)
         d = min(most, d * (growth or math.inf))
         xs = [x * (1 - weight_decay * w) - w * a / (b.sqrt() + d * eps) for x, a, b in zip(xs, m, v, strict=True)]
+
+
+def eight_bits(x: Tensor, signed: bool, block: int) -> Tensor:
+    """What is left of a tensor after its blocks are rounded to a dynamic 8-bit code, value by value."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        parts = 2**i if signed else 2 ** (i + 1)
+        for k in range(parts):
+            middle = (0.1 + 0.9 * (k + 0.5) / parts) * 10 ** (i - 6)
+            values += [middle, -middle] if signed else [middle]
+    assert len(values) == 256
+    code, left = torch.tensor(values, dtype=x.dtype), []
+    for part in x.flatten().split(block):
+        largest = part.abs().max()
+        left += [largest * code[(value / largest - code).abs().argmin()] if largest > 0 else value for value in part]
+    return torch.stack(left).view(x.shape)
+
+
+def adamw_8bit(
+    x: Tensor, *, rate: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, block=256, smallest=4096
+) -> Steps:
+    m = v = torch.zeros_like(x)
+    for t in count(1):
+        g = yield x
+        m, v = ema(m, g, betas[0]), ema(v, g**2, betas[1])
+        size = rate * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        x = x * (1 - rate * weight_decay) - size * m / (v.sqrt() + eps)
+        if x.numel() >= smallest:
+            m, v = eight_bits(m, True, block), eight_bits(v, False, block)
+
+
+def galore_8bit(
+    x: Tensor,
+    *,
+    rate: float,
+    rank=128,
+    gap=200,
+    scale=0.25,
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    weight_decay=0.0,
+    block=256,
+    smallest=4096,
+) -> Steps:
+    """Blocks go on from one matrix of a tensor to the next, so here the tensor is whole."""
+    right = x.shape[-2] >= x.shape[-1]
+    m = v = torch.zeros(1, dtype=x.dtype)
+    for t in count(1):
+        g = yield x
+        if (t - 1) % gap == 0:
+            p = torch.stack([leading(part, rank) for part in g.reshape(-1, *g.shape[-2:])])
+            p = p.view(*g.shape[:-2], *p.shape[-2:])
+        low = g @ p.mT if right else p @ g
+        m, v = ema(m, low, betas[0]), ema(v, low**2, betas[1])
+        u = m / (v.sqrt() + eps)
+        u = scale * (u @ p if right else p.mT @ u)
+        x = x - rate * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) * u
+        x = x - rate * weight_decay * x
+        if low.numel() >= smallest:
+            m, v = eight_bits(m, True, block), eight_bits(v, False, block)

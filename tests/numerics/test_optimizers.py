@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import math
 import random
 import re
 from collections.abc import Callable
@@ -65,11 +66,19 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
         {"first": 1e-4, "growth": 1.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
         {"first": 1e-2, "coefficient": 0.5, "safeguard": True},
     ],
+    "adamw-8bit": [{"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1, "block": 8, "smallest": 4}],
+    "galore-8bit": [LOW_RANK | {"block": 8, "smallest": 4}],
     "apollo": [LOW_RANK | {"per": "tensor"}, {"rank": 3}],
 }
 """Rule -> options other than the defaults that the reference is tried with; every option is among them."""
 
-RATES: dict[str, float] = {"adafactor": 0.1, "muon": 0.2, "galore": 0.2, "dog": 1.0, "dadapt-adam": 1.0, "prodigy": 1.0}
+RATES: dict[str, float] = {
+    "adafactor": 0.1,
+    "muon": 0.2,
+    "galore": 0.2,
+    "galore-8bit": 0.2,
+    **{name: 1.0 for name, rule in OPTIMIZERS.items() if getattr(rule, "finds_rate", False)},
+}
 """Rule -> a rate that moves weights of size 1 well; 0.05 where there is none."""
 
 CASES = [(name, options) for name in OPTIMIZERS for options in ({}, *OTHERS[name])]
@@ -199,11 +208,11 @@ def test_the_order_of_parameters_and_groups_does_not_matter(name: str, options: 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_rule_minimises(name: str) -> None:
     """|x|^2 / 2 falls tenfold, at a rate that falls linearly, in the weights that the rule would keep."""
-    parameters = [torch.nn.Parameter(x) for x in weights(torch.float32)]
-    optimizer = build(name, parameters)
+    parameters = [torch.nn.Parameter(x) for x in weights(torch.float32)[:6]]
+    optimizer = build(name, parameters, **({"first": 1e-3} if name == "dog" else {}))  # it takes long to leave 1e-6
     before = sum(float(p.detach().square().sum()) for p in parameters)
-    for t in range(200):
-        set_rate(optimizer, 1 - t / 200)
+    for t in range(150):
+        set_rate(optimizer, 1 - t / 150)
         descend(optimizer, parameters, range(t, t + 1), scale=0.0)
     with averaged(optimizer):
         assert sum(float(p.detach().square().sum()) for p in parameters) < 0.1 * before
@@ -259,16 +268,16 @@ def held(optimizer: torch.optim.Optimizer) -> int:
     )
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(72, 100), (100, 72), (64, 64)], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_takes_the_bytes_that_its_docstring_says(name: str, shape: tuple[int, int]) -> None:
     """Of one fp32 matrix m x n, m <= n, as held in memory after two steps."""
     parameter = torch.nn.Parameter(torch.randn(shape))
-    optimizer = build(name, [parameter], **({"rank": 8} if "r" in re.findall(r"\w+", formula(name)) else {}))
+    optimizer = build(name, [parameter], **({"rank": 64} if "r" in re.findall(r"\w+", formula(name)) else {}))
     for _ in range(2):
         parameter.grad = torch.randn(shape)
         optimizer.step()
     m, n = sorted(shape)
-    assert held(optimizer) == eval(formula(name), {"m": m, "n": n, "r": 8})
+    assert held(optimizer) == eval(formula(name), {"m": m, "n": n, "r": 64, "ceil": math.ceil})
     if isinstance(optimizer, Rule):
         assert held(optimizer) == optimizer.state_bytes()

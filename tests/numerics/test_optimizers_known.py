@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -108,5 +109,5 @@ def test_what_fira_adds_grows_by_a_hundredth_a_step_at_most() -> None:
         x.grad = torch.randn(6, 8) * 3**t
         optimizer.step()
         lengths.append(float(optimizer.state[x]["length"]))
-    assert all(after <= 1.0101 * before for before, after in zip(lengths, lengths[1:], strict=False))
+    assert all(after <= 1.0101 * before for before, after in pairwise(lengths))
     assert lengths[-1] > 1.04 * lengths[0]

@@ -8,6 +8,7 @@ import torch
 
 from truetune.optim.adamw import adamw
 from truetune.optim.adaptive import SGD, Adafactor, DiffGrad, Lion, NadamW
+from truetune.optim.eight_bit import AdamW8bit, GaLore8bit
 from truetune.optim.groups import KINDS, kinds_of, parameter_groups
 from truetune.optim.low_rank import Apollo, Fira, GaLore
 from truetune.optim.matrix import SOAP, Muon, Shampoo
@@ -42,6 +43,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "galore": GaLore,
     "fira": Fira,
     "apollo": Apollo,
+    "adamw-8bit": AdamW8bit,
+    "galore-8bit": GaLore8bit,
     "schedule-free-adamw": ScheduleFreeAdamW,
     "schedule-free-sgd": ScheduleFreeSGD,
     "dog": DoG,

@@ -39,23 +39,6 @@ def limit_growth(length: Tensor, before: Tensor, growth: float = 1.01) -> Tensor
     return torch.where(before > 0, (length / (before + 1e-8)).clamp_(min=growth) / growth, 1.0)
 
 
-class LowRank(Rule):
-    """What the rules of this file share: their options, and Adam in the space of a basis."""
-
-    takes = ("matrices",)
-
-    def __init__(self, groups: Groups, rate: float, *, rank: int, gap: int, scale: float, **options: Any) -> None:
-        require("rank", rank > 0, "an integer above 0")
-        require("gap", gap > 0, "an integer above 0")
-        require("scale", scale > 0, "a number above 0")
-        super().__init__(groups, rate, rank=rank, gap=gap, scale=scale, **options)
-
-    def start(self, x: Tensor, group: dict[str, Any]) -> State:
-        q = x.new_zeros(*x.shape[:-2], min(x.shape[-2:]), min(group["rank"], *x.shape[-2:]))
-        low = torch.zeros_like(project(x, q))
-        return {"Q": q, "m": low, "v": low.clone()}
-
-
 def adam(low: Tensor, state: State, group: dict[str, Any]) -> Tensor:
     """m / (sqrt(v) + eps) of what was projected; bias is corrected by ``corrected``."""
     (b1, b2), m, v = group["betas"], state["m"], state["v"]
@@ -68,6 +51,24 @@ def corrected(t: int, group: dict[str, Any]) -> float:
     """The rate of a step with Adam's correction of the bias."""
     b1, b2 = group["betas"]
     return float(group["lr"] * (1 - b2**t) ** 0.5 / (1 - b1**t))
+
+
+class LowRank(Rule):
+    """What the rules of this file share: their options, and Adam in the space of a basis."""
+
+    takes = ("matrices",)
+    adam = staticmethod(adam)
+
+    def __init__(self, groups: Groups, rate: float, *, rank: int, gap: int, scale: float, **options: Any) -> None:
+        require("rank", rank > 0, "an integer above 0")
+        require("gap", gap > 0, "an integer above 0")
+        require("scale", scale > 0, "a number above 0")
+        super().__init__(groups, rate, rank=rank, gap=gap, scale=scale, **options)
+
+    def start(self, x: Tensor, group: dict[str, Any]) -> State:
+        q = x.new_zeros(*x.shape[:-2], min(x.shape[-2:]), min(group["rank"], *x.shape[-2:]))
+        low = torch.zeros_like(project(x, q))
+        return {"Q": q, "m": low, "v": low.clone()}
 
 
 class GaLore(LowRank):
@@ -95,7 +96,7 @@ class GaLore(LowRank):
     def update(self, x: Tensor, g: Tensor, t: int, state: State, group: dict[str, Any]) -> None:
         if (t - 1) % group["gap"] == 0:
             state["Q"] = singular_basis(g, state["Q"].shape[-1])
-        low = adam(project(g, state["Q"]), state, group)
+        low = self.adam(project(g, state["Q"]), state, group)
         x.sub_(project_back(low, state["Q"], is_tall(g)), alpha=corrected(t, group) * group["scale"])
         decay(x, group)
 
@@ -131,7 +132,7 @@ class Fira(LowRank):
             state["Q"] = singular_basis(g, state["Q"].shape[-1])
         q, tall = state["Q"], is_tall(g)
         low = project(g, q)
-        psi = adam(low, state, group)
+        psi = self.adam(low, state, group)
         axis = -1 if tall else -2
         phi = psi.norm(dim=axis, keepdim=True) / (low.norm(dim=axis, keepdim=True) + 1e-8)
         residual = limited(phi * (g - project_back(low, q, tall)), state)
@@ -182,7 +183,7 @@ class Apollo(LowRank):
     def update(self, x: Tensor, g: Tensor, t: int, state: State, group: dict[str, Any]) -> None:
         side = min(g.shape[-2:])
         low = project(g, random_projection(side, min(group["rank"], side), (t - 1) // group["gap"]).to(g))
-        psi = adam(low, state, group)
+        psi = self.adam(low, state, group)
         axes = (-2, -1) if group["per"] == "tensor" else (-1,) if is_tall(g) else (-2,)
         s = psi.norm(dim=axes, keepdim=True) / (low.norm(dim=axes, keepdim=True) + 1e-8)
         x.sub_(limited(s * g, state), alpha=corrected(t, group) * group["scale"])

@@ -24,7 +24,7 @@ def orthogonalize(x: Tensor, rounds: int = 5) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).flatten(0, -3)
+    y = (x.mT if tall else x).reshape(-1, *sorted(x.shape[-2:]))
     y = y.bfloat16() if y.is_cuda and y.dtype == torch.float32 else y
     y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-7)
     for _ in range(rounds):
