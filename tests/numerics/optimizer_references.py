@@ -449,3 +449,82 @@ def galore_8bit(
         x = x - rate * weight_decay * x
         if low.numel() >= smallest:
             m, v = eight_bits(m, True, block), eight_bits(v, False, block)
+
+
+def cosine_basis(a: Tensor, rank: int) -> list[int]:
+    """Indices of the columns of the cosine transform that hold most of ``a``, in L1, as its right side is read."""
+    s = a @ transform(a.shape[1])
+    return sorted(range(a.shape[1]), key=lambda j: -float(s[:, j].abs().sum()))[:rank]
+
+
+def transform(n: int) -> Tensor:
+    c = [[math.sqrt(2 / n) * math.cos(math.pi * i * (2 * j + 1) / (2 * n)) for j in range(n)] for i in range(n)]
+    c[0] = [value * math.sqrt(0.5) for value in c[0]]
+    return torch.tensor(c, dtype=torch.float64)
+
+
+def right_side(function):
+    """A rule that projects columns; a wide matrix is transposed before and after."""
+
+    def turned(x: Tensor, **options) -> Steps:
+        if x.shape[0] >= x.shape[1]:
+            yield from function(x, turned=False, **options)
+        inner = function(x.T, turned=True, **options)
+        g = yield next(inner).T
+        while True:
+            g = yield inner.send(g.T).T
+
+    return turned
+
+
+@by_matrix
+@right_side
+def dct_adamw(
+    x: Tensor,
+    *,
+    rate: float,
+    turned: bool,
+    rank=128,
+    gap=1,
+    feedback=False,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.0,
+) -> Steps:
+    n = x.shape[1]
+    m = v = torch.zeros_like(x)  # of every column of the transform; those that are not chosen are zero
+    error, chosen = torch.zeros_like(x), []
+    for t in count(1):
+        g = yield x
+        x = x * (1 - rate * weight_decay)
+        a = g + error if feedback else g
+        if t == 1 or t % gap == 0:
+            now = cosine_basis(a, rank)
+            stays = torch.tensor([float(j in chosen and j in now) for j in range(n)], dtype=x.dtype)
+            m, v, chosen = m * stays, v * stays, now
+        kept = torch.tensor([float(j in chosen) for j in range(n)], dtype=x.dtype)
+        low = (a @ transform(n)) * kept
+        error = a - low @ transform(n).T
+        m, v = ema(m, low, betas[0]), ema(v, low**2, betas[1])
+        root = math.sqrt(1 - betas[1] ** t)
+        u = m / (v.sqrt() + eps * root) @ transform(n).T
+        x = x - rate * root / (1 - betas[0] ** t) * u
+
+
+@by_matrix
+@right_side
+def trion(x: Tensor, *, rate: float, turned: bool, rank=128, momentum=0.95, scale="rms", weight_decay=0.0) -> Steps:
+    m = torch.zeros_like(x)
+    rows, columns = (x.shape[1], x.shape[0]) if turned else x.shape
+    factor = {
+        "rms": 0.2 * math.sqrt(max(rows, columns)),
+        "spectral": math.sqrt(max(1, rows / columns)),
+        "dion": math.sqrt(rows / columns),
+    }[scale]
+    while True:
+        g = yield x
+        m = m + g
+        q = transform(x.shape[1])[:, cosine_basis(m, rank)]
+        low = m @ q
+        m = m - (1 - momentum) * low @ q.T
+        x = x * (1 - rate * weight_decay) - rate * factor * newton_schulz(low, 5) @ q.T

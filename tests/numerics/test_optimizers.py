@@ -68,6 +68,11 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     ],
     "adamw-8bit": [{"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1, "block": 8, "smallest": 4}],
     "galore-8bit": [LOW_RANK | {"block": 8, "smallest": 4}],
+    "dct-adamw": [
+        {"rank": 2, "gap": 3, "feedback": True, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
+        {"rank": 3},
+    ],
+    "trion": [{"rank": 2, "momentum": 0.6, "scale": "dion", "weight_decay": 0.1}, {"rank": 3, "scale": "spectral"}],
     "apollo": [LOW_RANK | {"per": "tensor"}, {"rank": 3}],
 }
 """Rule -> options other than the defaults that the reference is tried with; every option is among them."""
@@ -75,6 +80,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
 RATES: dict[str, float] = {
     "adafactor": 0.1,
     "muon": 0.2,
+    "trion": 0.2,
     "galore": 0.2,
     "galore-8bit": 0.2,
     **{name: 1.0 for name, rule in OPTIMIZERS.items() if getattr(rule, "finds_rate", False)},
@@ -141,7 +147,7 @@ def test_a_rule_is_its_paper(name: str, options: dict[str, Any]) -> None:
     optimizer, reference = build(name, parameters, **options), expected(name, xs, options)
     for t in range(STEPS):
         gs = [x + noise(t)[i] for x, i in zip(xs, taken(name), strict=True)]
-        gs = gs if t else [diagonal(g) for g in gs]
+        gs = [diagonal(g) for g in gs] if t == 0 and name == "soap" else gs
         for p, g in zip(parameters, gs, strict=True):
             p.grad = g.clone()
         optimizer.step()
@@ -233,7 +239,7 @@ def test_an_unknown_option_is_refused_in_one_sentence(name: str) -> None:
         build(name, [torch.nn.Parameter(torch.ones(2, 2))], momentun=0.9)
 
 
-CHOICES = ("nesterov", "convention", "per", "safeguard")
+CHOICES = ("nesterov", "convention", "per", "safeguard", "feedback")
 """Options that the registry knows all values of."""
 
 
@@ -245,7 +251,7 @@ CHOICES = ("nesterov", "convention", "per", "safeguard")
         if name != "adamw"
         for option in registry.user_options("optimizer", name, OPTIMIZERS[name])
         for value in [({"betas": (0.9, 1.0), "momentum": 1.0} | dict.fromkeys(CHOICES)).get(option, -1)]
-        if value is not None and (name, option) != ("muon", "scale")
+        if value is not None and (name, option) not in (("muon", "scale"), ("trion", "scale"))
     ],
 )
 def test_an_option_out_of_its_range_is_refused_in_one_sentence(name: str, option: str, value: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from truetune.optim.adamw import adamw
 from truetune.optim.adaptive import SGD, Adafactor, DiffGrad, Lion, NadamW
+from truetune.optim.cosine import DCTAdamW, Trion
 from truetune.optim.eight_bit import AdamW8bit, GaLore8bit
 from truetune.optim.groups import KINDS, kinds_of, parameter_groups
 from truetune.optim.low_rank import Apollo, Fira, GaLore
@@ -45,6 +46,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "apollo": Apollo,
     "adamw-8bit": AdamW8bit,
     "galore-8bit": GaLore8bit,
+    "dct-adamw": DCTAdamW,
+    "trion": Trion,
     "schedule-free-adamw": ScheduleFreeAdamW,
     "schedule-free-sgd": ScheduleFreeSGD,
     "dog": DoG,
