@@ -1,21 +1,20 @@
 """One lattice over the table of optimizers: each is its paper, resumes, minimises, and takes the memory it says.
 
-The paper is ``optimizer_references``, in float64; known numbers and other packages are in ``test_optimizers_known``.
+The paper is ``optimizer_references`` and ``low_rank_references``, in float64; known numbers and other packages are in ``test_optimizers_known``.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import math
 import random
 import re
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import low_rank_references
+import optimizer_references
 import pytest
 import torch
 from torch import Tensor
@@ -23,17 +22,6 @@ from torch import Tensor
 from truetune import registry
 from truetune.errors import UserError
 from truetune.optim import OPTIMIZERS, SHARED, Rule, averaged, set_rate
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-references = _load("optimizer_references")
 
 STEPS = 20
 SHAPES = [(1,), (3,), (7, 5), (5, 7), (1, 6), (6, 1), (2, 3, 4), (7, 5), (5, 7), (3,), (16, 16), (7, 5)]
@@ -122,7 +110,8 @@ def taken(name: str) -> list[int]:
 
 def expected(name: str, xs: list[Tensor], options: dict[str, Any]) -> Callable[[list[Tensor]], list[Tensor]]:
     """The reference as a function of gradients; the gradient of a step is that of |x|^2 / 2, and noise."""
-    function = getattr(references, name.replace("-", "_"))
+    called = name.replace("-", "_")
+    function = getattr(low_rank_references, called, None) or getattr(optimizer_references, called)
     known = {"rate": RATES.get(name, 0.05)} | options
     if "xs" in inspect.signature(function).parameters:
         joint = function(xs, **known)

@@ -1,7 +1,7 @@
 """Low-rank rules whose subspace is a choice among the columns of a cosine transform (Modoranu et al. 2025).
 
-The transform C of the smaller side is orthogonal and fixed, so a basis is r indices, and finding it is one product: S = G
-C (C^T G of a wide matrix), of whose columns (rows) those of the largest L1 norm are taken. By L2 it would be the best
+The transform C of the smaller side is orthogonal and fixed, so a basis is r indices, and finding it is one product: S =
+G C (C^T G of a wide matrix), of whose columns (rows) those of the largest L1 norm are taken. By L2 it would be the best
 choice that C allows; L1 is the paper's. Left out: the fast transform, and error feedback that is quantised.
 """
 
