@@ -1,6 +1,6 @@
 """One lattice over the table of optimizers: each is its paper, resumes, minimises, and takes the memory it says.
 
-The paper is ``optimizer_references`` and ``low_rank_references``, in float64; known numbers and other packages are in ``test_optimizers_known``.
+The paper is ``optimizer_references`` and ``low_rank_references``, in float64.
 """
 
 from __future__ import annotations

@@ -19,24 +19,29 @@ from truetune.optim.matrix import orthogonalize
 from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
 
 
+def cosines(g: Tensor) -> Tensor:
+    """The transform of the smaller side of ``g``, in its dtype and on its device."""
+    return _cosines(min(g.shape[-2:]), g.dtype, g.device)
+
+
 @cache
-def cosines(n: int) -> Tensor:
+def _cosines(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """C_ij = sqrt(2 / n) cos(pi i (2j + 1) / (2n)), row 0 times sqrt(1/2)."""
     i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     c = math.sqrt(2 / n) * torch.cos(math.pi * i * (2 * j + 1) / (2 * n))
     c[0] *= math.sqrt(0.5)
-    return c
+    return c.to(device, dtype)
 
 
 def choose(g: Tensor, rank: int) -> Tensor:
     """Which columns of C, [..., rank]."""
-    s = project(g, cosines(min(g.shape[-2:])).to(g))
+    s = project(g, cosines(g))
     return s.abs().sum(-2 if is_tall(g) else -1).topk(rank).indices
 
 
 def columns(g: Tensor, chosen: Tensor) -> Tensor:
     """The basis [..., smaller side, rank]."""
-    return cosines(min(g.shape[-2:])).to(g).mT[chosen].mT
+    return cosines(g).mT[chosen].mT
 
 
 class DCTAdamW(Rule):

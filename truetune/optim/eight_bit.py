@@ -19,7 +19,7 @@ from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
 
 
 @cache
-def dynamic_code(signed: bool) -> Tensor:
+def dynamic_code(signed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The 256 values, rising: 0, 1 and, in the decade that ends at 10^(i - 6), i = 0 to 6, the middles of 2^i equal
     parts of its upper nine tenths, with either sign, or of twice as many without."""
     parts = []
@@ -27,7 +27,8 @@ def dynamic_code(signed: bool) -> Tensor:
         edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float64)
         middles = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)
         parts += [middles, -middles] if signed else [middles]
-    return torch.cat([*parts, torch.tensor([0.0, 1.0], dtype=torch.float64)]).sort().values
+    code = torch.cat([*parts, torch.tensor([0.0, 1.0], dtype=torch.float64)])
+    return code.sort().values.to(device, dtype)
 
 
 def pack(x: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +36,7 @@ def pack(x: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
     flat = x.reshape(len(x), -1)
     blocks = F.pad(flat, (0, -flat.shape[1] % block)).view(len(x), -1, block)
     scales = blocks.abs().amax(-1)
-    code = dynamic_code(signed).to(x)
+    code = dynamic_code(signed, x.dtype, x.device)
     middles = (code[1:] + code[:-1]) / 2
     whole = torch.where(scales > 0, scales, 1.0)
     return torch.bucketize(blocks / whole[..., None], middles).to(torch.uint8), scales
@@ -43,11 +44,13 @@ def pack(x: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
 
 def unpack(codes: Tensor, scales: Tensor, signed: bool, like: Tensor) -> Tensor:
     """The stack again, of the shape and dtype of ``like``."""
-    values = dynamic_code(signed).to(like)[codes.int()] * scales[..., None]
+    values = dynamic_code(signed, like.dtype, like.device)[codes.int()] * scales[..., None]
     return values.view(len(like), -1)[:, : like[0].numel()].view(like.shape)
 
 
 SIGNED = {"m": True, "v": False}
+ZERO = {"m": 127, "v": 0}
+"""The place of 0 in each code."""
 
 
 def packed_zeros(x: Tensor, group: dict[str, Any]) -> State:
@@ -56,8 +59,7 @@ def packed_zeros(x: Tensor, group: dict[str, Any]) -> State:
         return {name: torch.zeros_like(x) for name in SIGNED}
     blocks = -(-x[0].numel() // group["block"])
     state = {}
-    for name, signed in SIGNED.items():
-        zero = int((dynamic_code(signed) == 0).nonzero())
+    for name, zero in ZERO.items():
         state[name] = torch.full((len(x), blocks, group["block"]), zero, dtype=torch.uint8, device=x.device)
         state[f"{name}_scale"] = x.new_zeros(len(x), blocks)
     return state
