@@ -166,14 +166,14 @@ def test_a_rule_resumes_bit_for_bit(name: str, options: dict[str, Any]) -> None:
     straight = [torch.nn.Parameter(x) for x in weights(torch.float32)]
     optimizer = build(name, straight, **options)
     kept = {}
-    for t in range(8):
+    for t in range(6):
         descend(optimizer, straight, range(t, t + 1))
         kept[t + 1] = copy.deepcopy((optimizer.state_dict(), straight))
-    for stop in (1, 2, 5):
+    for stop in (1, 4):
         state, resumed = copy.deepcopy(kept[stop])
         other = build(name, resumed, **options)
         other.load_state_dict(state)
-        descend(other, resumed, range(stop, 8))
+        descend(other, resumed, range(stop, 6))
         assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
         assert same(other.state_dict()["state"], optimizer.state_dict()["state"])
 
