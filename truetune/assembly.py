@@ -30,7 +30,7 @@ from truetune.models.small import positions_of, takes_more_positions
 from truetune.models.tail import measure_tail
 from truetune.models.wrap import CausalLM
 from truetune.objectives.next_token import NextToken
-from truetune.optim import OPTIMIZERS, parameter_groups
+from truetune.optim import KINDS, OPTIMIZERS, Rule, kinds_of, parameter_groups
 from truetune.recipe import Recipe
 from truetune.rows import Part, Side, build_renderer, build_stream, choose_rows, sources_of, tokenized
 from truetune.schedules import SCHEDULES, Plan, ends_of, with_warmup
@@ -88,9 +88,6 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
     steps = len(stream)
     known = Plan(recipe.optimizer.rate, stream.tokens_at, stream.documents / steps)
     shape = registry.bind("schedule", SCHEDULES, recipe.schedule.name, recipe.schedule.options, plan=known)
-    optimizer = registry.bind("optimizer", OPTIMIZERS, recipe.optimizer.name, recipe.optimizer.options)
-    ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
-    groups = parameter_groups(model.trainable().items(), recipe.optimizer.rate, ratio)
     router = choose_router(model, recipe.train.router_loss)
     if router is None and recipe.train.router_loss is None and has_router_loss(model.hf):
         notes.append(
@@ -102,7 +99,7 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
     trainer = Trainer(
         model=model,
         objective=objective,
-        optimizer=_built(optimizer, groups, recipe),
+        optimizer=build_optimizer(recipe, model),
         schedule=with_warmup(shape, steps, recipe.schedule.warmup, recipe.schedule.warmup_from),
         documents=train.documents,
         stream=stream,
@@ -119,6 +116,29 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
     )
     torch.manual_seed(recipe.train.seed)
     return Job(recipe, trainer, loaded, train, evaluation, tuple(notes))
+
+
+def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
+    """The recipe's rule over the model's trained parameters; of what it does not take, AdamW."""
+    chosen = recipe.optimizer
+    optimizer = registry.bind("optimizer", OPTIMIZERS, chosen.name, chosen.options)
+    rule = registry.resolve("optimizer", OPTIMIZERS, chosen.name)
+    if getattr(rule, "finds_rate", False) and "rate" not in chosen.model_fields_set:
+        raise UserError(f'optimizer "{chosen.name}" finds its rate, and optimizer.rate multiplies it; set it to 1')
+    takes = getattr(rule, "takes", None)
+    if takes is None and chosen.takes is not None:
+        raise UserError(f'optimizer.takes means nothing with optimizer "{chosen.name}", which takes all; remove it')
+    if "vectors" in (chosen.takes or ()) and "vectors" not in (takes or KINDS):
+        raise UserError(f'optimizer.takes has vectors, but optimizer "{chosen.name}" is for matrices; take it out')
+    kinds = kinds_of(model.model, model.head.weight)
+    rest = {name for name in model.trainable() if kinds[name] not in (chosen.takes or takes or KINDS)}
+    if chosen.rest_rate is not None and not rest:
+        raise UserError(
+            f'optimizer.rest_rate means nothing where optimizer "{chosen.name}" takes all that is trained; remove it'
+        )
+    ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
+    groups = parameter_groups(model.trainable().items(), chosen.rate, ratio, rest, chosen.rest_rate)
+    return _built(optimizer, groups, recipe)
 
 
 def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
@@ -187,7 +207,8 @@ def disk_need(job: Job) -> int:
     if model.head.up is not None:  # merged, an adapted head that was tied has a weight of its own
         whole += 4 * model.head.weight.numel()
     lora, merged, gguf = recipe.adapter.method == "lora", recipe.output.merged, recipe.output.gguf is not None
-    moments = 2 * trained
+    rule = job.trainer.optimizer
+    moments = rule.state_bytes() + rule.averages_weights * trained if isinstance(rule, Rule) else 2 * trained
     checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.keep_best  # one more while it is written
     checkpoints += len(ends_of(job.trainer.schedule))
     weights = (kept + whole * merged if lora else whole) + whole * gguf

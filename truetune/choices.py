@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
@@ -30,6 +31,13 @@ def parts(kind: str) -> Iterator[Row]:
         known: Mapping[str, inspect.Parameter] = user_options(kind, name, function)
         options = "  ".join(key if p.default is p.empty else f"{key}={spell(p.default)}" for key, p in known.items())
         yield name, "works", _purpose(function), options, _file(function)
+
+
+def optimizers() -> Iterator[Row]:
+    """As ``parts``, with the bytes of state that each keeps of an fp32 matrix m x n, m <= n, at rank r."""
+    for name, state, purpose, *rest in parts("optimizer"):
+        held = re.search(r"State: (.+) bytes\.", inspect.getdoc(table("optimizer")[name]) or "")
+        yield name, state, purpose, f"{held[1]} bytes" if held else "", *rest
 
 
 def schedules() -> Iterator[Row]:
@@ -117,7 +125,7 @@ SHOWN: dict[str, Callable[[], Iterator[Row]]] = {
     "formats": formats,
     "sources": sources,
     "families": families,
-    "optimizers": lambda: parts("optimizer"),
+    "optimizers": optimizers,
     "schedules": schedules,
     "recipes": recipes,
     "keys": keys,

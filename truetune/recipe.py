@@ -151,11 +151,18 @@ class Adapter(Part):
     lora_plus_ratio: float = Field(1.0, gt=0, description="rate of B over rate of A; LoRA+ suggests 16")
 
 
+Kind = Literal["matrices", "embeddings", "head", "vectors"]
+
+
 class Optimizer(Named):
     """The rule that moves the weights; `truetune show optimizers` lists names and options."""
 
     name: str = Field("adamw", description="of truetune show optimizers, or your own as module:attribute")
     rate: float = Field(3e-4, gt=0, description="peak learning rate")
+    takes: Annotated[tuple[Kind, ...], Strict(False), Field(min_length=1)] | None = Field(
+        None, description="kinds of parameters that the rule updates, AdamW the rest; default: as the rule is meant"
+    )
+    rest_rate: float | None = Field(None, gt=0, description="peak rate of AdamW for the rest; default: the rate")
 
 
 class Schedule(Named):

@@ -423,6 +423,7 @@ def export(folder: Path, kind: str, to: Path | None = None, step: int | None = N
             others = ", ".join(map(str, kept)) or "none"
             raise UserError(f"{folder} kept no checkpoint of step {step} (of these: {others}); choose one of them")
         job.trainer.resume(step)
+        job.trainer.take_averages()
         note = f"these are the weights of step {step}, not those that the run ended with"
         target = to or target.with_name(f"{target.name}-step-{step}")
     with _refusals_explained(folder), ended_by_signals(f"stopped before {target} was complete"):

@@ -11,7 +11,7 @@ from folders import invoke
 
 from truetune import choices
 from truetune.data.formats import FORMATS
-from truetune.optim import OPTIMIZERS
+from truetune.optim import KINDS, OPTIMIZERS
 from truetune.recipe import Format, Recipe
 from truetune.schedules import SCHEDULES
 from truetune.spelling import SECTIONS, ready
@@ -32,6 +32,19 @@ def test_a_table_lists_all_that_there_is_with_its_purpose_and_file(name: str, th
         assert (choices.ROOT / row[-1]).is_file(), row
         assert len(max(row, key=len)) > 10, "it says what it is"
         assert name == "recipes" or row[1] == "works"
+
+
+def test_the_page_of_optimizers_is_the_table_of_the_program() -> None:
+    text = (choices.ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    told = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    told = [row for row in told if len(row) > 2]
+    expected = []
+    for name, _, purpose, held, options, _ in choices.optimizers():
+        takes = getattr(OPTIMIZERS[name], "takes", KINDS)
+        kinds = "all" if takes == KINDS else ", ".join(takes)
+        expected.append([f"`{name}`", purpose, f"`{held}`", kinds, f"`{options}`"])
+    assert [row[:5] for row in told] == expected
+    assert all(len(row) == 6 and row[5] for row in told)
 
 
 def test_every_table_is_a_command() -> None:

@@ -137,7 +137,8 @@ def restored(trainer: Trainer) -> Iterator[None]:
 
 
 def moved(trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
-    """Take two steps at the peak rate: gradients where they can be, movement where it must be."""
+    """Take two steps at the peak rate, after those that the optimizer waits: gradients where they can be, movement
+    where it must be."""
     model, batch = trainer.model, Batch.of(documents, trainer.model.device)
     before = fingerprints(model.model)
     model.eval()  # dropout would hide a gradient by chance
@@ -145,7 +146,7 @@ def moved(trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
     called = _called(model, batch)
     seen: dict[str, bool] = {}
     finite = True
-    for _ in range(2):
+    for _ in range(2 + getattr(trainer.optimizer, "waits", 0)):
         trainer.model.zero_grad(set_to_none=True)
         accumulate(model, trainer.objective, [batch])
         for name, p in model.trainable().items():

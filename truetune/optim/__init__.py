@@ -7,11 +7,53 @@ from collections.abc import Callable
 import torch
 
 from truetune.optim.adamw import adamw
-from truetune.optim.groups import parameter_groups
+from truetune.optim.adaptive import SGD, Adafactor, DiffGrad, Lion, NadamW
+from truetune.optim.cosine import DCTAdamW, Trion
+from truetune.optim.eight_bit import AdamW8bit, GaLore8bit
+from truetune.optim.groups import KINDS, kinds_of, parameter_groups
+from truetune.optim.low_rank import Apollo, Fira, GaLore
+from truetune.optim.matrix import SOAP, Muon, Shampoo
+from truetune.optim.rate_free import DAdaptAdam, DoG, Prodigy
+from truetune.optim.rule import SHARED, Rule, averaged, averages, take_averages
+from truetune.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 
-__all__ = ["OPTIMIZERS", "adamw", "parameter_groups", "set_rate"]
+__all__ = [
+    "KINDS",
+    "OPTIMIZERS",
+    "SHARED",
+    "Rule",
+    "adamw",
+    "averaged",
+    "averages",
+    "kinds_of",
+    "parameter_groups",
+    "set_rate",
+    "take_averages",
+]
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "nadamw": NadamW,
+    "sgd": SGD,
+    "lion": Lion,
+    "adafactor": Adafactor,
+    "diffgrad": DiffGrad,
+    "muon": Muon,
+    "soap": SOAP,
+    "shampoo": Shampoo,
+    "galore": GaLore,
+    "fira": Fira,
+    "apollo": Apollo,
+    "adamw-8bit": AdamW8bit,
+    "galore-8bit": GaLore8bit,
+    "dct-adamw": DCTAdamW,
+    "trion": Trion,
+    "schedule-free-adamw": ScheduleFreeAdamW,
+    "schedule-free-sgd": ScheduleFreeSGD,
+    "dog": DoG,
+    "dadapt-adam": DAdaptAdam,
+    "prodigy": Prodigy,
+}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -12,22 +12,52 @@ below about 1/512 of the weight would be rounded away, and training would stall 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from truetune.errors import UserError
+
+KINDS = ("matrices", "embeddings", "head", "vectors")
+"""What a parameter may be to a rule. Matrices: hidden weights of two dimensions or more, LoRA's factors among them."""
+
+ROLES = ("weights", "A", "embedding", "B")
+"""What a parameter is to LoRA+; without it all are weights."""
 
 EMBEDDING_RATE = 1e-6
 """Rate of LoRA on an embedding under LoRA+, whatever the peak; PEFT's default."""
 
 
+def kinds_of(model: nn.Module, head: Tensor) -> dict[str, str]:
+    """Name of each parameter -> its kind, of ``KINDS``; ``head`` is the output layer's weight.
+
+    A head that is tied to the embedding is one of the embeddings.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+    def kind(name: str, p: Tensor) -> str:
+        if id(p) in embeddings or "lora_embedding_" in name:
+            return "embeddings"
+        if p is head:
+            return "head"
+        return "matrices" if p.ndim > 1 else "vectors"
+
+    return {name: kind(name, p) for name, p in model.named_parameters()}
+
+
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, Tensor]], rate: float, lora_plus_ratio: float = 1.0
+    named_parameters: Iterable[tuple[str, Tensor]],
+    rate: float,
+    lora_plus_ratio: float = 1.0,
+    rest: Collection[str] = (),
+    rest_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, of the parameters that require a gradient.
+
+    rest: names of those that the optimizer leaves to AdamW; their groups have ``rest`` True and the peak
+    ``rest_rate``, which is ``rate`` where it is None.
 
     Each has ``params`` (sorted by name), ``name``, ``lr`` and ``peak`` (both the group's peak rate). Those
     that must not decay (biases and tensors of one dimension or none, so norms) have ``weight_decay`` 0; the
@@ -47,20 +77,20 @@ def parameter_groups(
             )
     if lora_plus_ratio != 1 and not any("lora_" in name for name, _ in trained):
         raise UserError("adapter.lora_plus_ratio needs LoRA parameters; set it to 1 to train without them")
-    rates = {"weights": rate, "A": rate, "embedding": EMBEDDING_RATE, "B": rate * lora_plus_ratio}
-    members: defaultdict[tuple[str, bool], list[Tensor]] = defaultdict(list)
+    members: defaultdict[tuple[str, bool, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in trained:
         role = "weights" if lora_plus_ratio == 1 else _role(name, parameter)
-        members[role, parameter.ndim > 1 and "bias" not in name].append(parameter)
+        members[role, parameter.ndim < 2 or "bias" in name, name in rest].append(parameter)
     groups = []
-    for role, decays in sorted(members, key=lambda key: (list(rates).index(key[0]), not key[1])):
-        group = {
-            "params": members[role, decays],
-            "name": role if decays else f"{role}_no_decay",
-            "lr": rates[role],
-            "peak": rates[role],
-        }
-        groups.append(group if decays else group | {"weight_decay": 0.0})
+    for role, free, left in sorted(members, key=lambda key: (ROLES.index(key[0]), *key[1:])):
+        own = rate if rest_rate is None or not left else rest_rate
+        peak = {"embedding": EMBEDDING_RATE, "B": own * lora_plus_ratio}.get(role, own)
+        group: dict[str, Any] = {"params": members[role, free, left], "name": role, "lr": peak, "peak": peak}
+        if free:
+            group |= {"name": f"{group['name']}_no_decay", "weight_decay": 0.0}
+        if left:
+            group |= {"name": f"{group['name']}_rest", "rest": True}
+        groups.append(group)
     return groups
 
 

@@ -27,7 +27,7 @@ from truetune.data.stream import Stream
 from truetune.errors import UserError
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
-from truetune.optim import set_rate
+from truetune.optim import SHARED, averaged, averages, set_rate, take_averages
 from truetune.schedules import Schedule, ends_of
 from truetune.training.checkpoint import Checkpoints, atomic_folder
 from truetune.training.evaluate import Evaluator, Sampler
@@ -157,7 +157,7 @@ class Trainer:
         after a single step, what had no gradient yet: LoRA's A while B is zero."""
         state, idle = self.optimizer.state, set()
         for name, p in self.model.trainable().items():
-            moments = [t for key, t in state.get(p, {}).items() if key != "step"]
+            moments = [t for key, t in state.get(p, {}).items() if key != "step" and not key.startswith(SHARED)]
             if not moments or (self.step == 1 and not any(t.any() for t in moments)):
                 idle.add(name)
         return integrity(self.model.model, self.start, idle)
@@ -230,7 +230,8 @@ class Trainer:
             "samples": lambda: self.sampler(self.model, self.step) if self.sampler else Samples(self.step, ()),
         }
         while self.owed:
-            record = self._unless_halted(looks[self.owed[0]])
+            with averaged(self.optimizer):
+                record = self._unless_halted(looks[self.owed[0]])
             if record is None:
                 return
             self.owed = self.owed[1:]
@@ -258,7 +259,7 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything that the rest of the run depends on: tensors by file, and plain values."""
-        names = {p: n for n, p in self.model.trainable().items()}
+        names: dict[Tensor, str] = {p: n for n, p in self.model.trainable().items()}
         state = self.optimizer.state
         moments = {f"{name}/{key}": t for p, name in names.items() for key, t in state[p].items()}
         random = {"cpu": torch.get_rng_state()}
@@ -266,6 +267,8 @@ class Trainer:
             random["cuda"] = torch.cuda.get_rng_state()
         best = None if self.best is None else {"step": self.best.step, "loss": self.best.loss}
         tensors = {"weights": dict(self.model.kept()), "optimizer": moments, "random": random}
+        if means := averages(self.optimizer):
+            tensors["averages"] = {names[p]: mean for p, mean in means.items()}
         return tensors, {"step": self.step, "best": best, "start": self.start, "owed": self.owed}
 
     def resume(self, step: int) -> None:
@@ -288,15 +291,20 @@ class Trainer:
             best = state["best"]
             self.best = Evaluation(best["step"], best["loss"], 0.0, 0.0, 0, 0, 0.0, best=True)
 
+    def take_averages(self) -> None:
+        """End with the weights that the optimizer keeps in place of those that it trains, where it does."""
+        take_averages(self.optimizer)
+
     def take_best(self) -> str | None:
         """Load the weights of the best evaluation, if those are to be kept; why not, where they are damaged."""
+        self.take_averages()
         if not (self.keep_best and self.best and self.best.step != self.step and self.checkpoints):
             return None
         try:
-            weights = self.checkpoints.load(self.best.step)[0]["weights"]
+            tensors = self.checkpoints.load(self.best.step)[0]
         except UserError as error:
             return f"the weights of the best evaluation are lost ({error}); those of step {self.step} stay instead"
-        self._load_weights(weights)
+        self._load_weights(tensors["weights"] | tensors.get("averages", {}))
         return None
 
     @torch.no_grad()

@@ -1,0 +1,97 @@
+"""Optimizers against other packages that have the same rule: the same weights over twenty steps, in float64.
+
+Rules without an equal here differ from what there is: NAdam of torch has a momentum of its own schedule; ``torch.optim.
+Muon`` multiplies in bfloat16; Shampoo is not one algorithm; DoG averages in another object. Options make peers equal
+where their defaults are others. Low-rank peers count the steps to the next projection from another step, so that here
+there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import dadaptation
+import prodigyopt
+import pytest
+import pytorch_optimizer
+import schedulefree
+import torch
+from torch import Tensor
+
+from truetune.optim import OPTIMIZERS, averaged
+
+RATE = 0.01
+VECTORS = [(3,), (7, 5), (5, 7), (7, 5), (16, 24)]
+MATRICES = [(7, 5), (5, 7), (7, 5), (16, 24)]
+SQUARES = [(5, 5), (16, 16), (5, 5)]
+"""For SOAP: a first gradient with a null space has no basis of its own, so roundings would choose one."""
+
+Peer = Callable[[list[Tensor]], torch.optim.Optimizer]
+PEERS: dict[str, tuple[str, dict[str, Any], Peer]] = {
+    "sgd": ("sgd", {"weight_decay": 0.1}, lambda ps: torch.optim.SGD(ps, RATE, momentum=0.9, weight_decay=0.1)),
+    "nesterov": ("sgd", {"nesterov": True}, lambda ps: torch.optim.SGD(ps, RATE, momentum=0.9, nesterov=True)),
+    "adafactor": ("adafactor", {"weight_decay": 0.1}, lambda ps: torch.optim.Adafactor(ps, RATE, weight_decay=0.1)),
+    "lion": ("lion", {"weight_decay": 0.1}, lambda ps: pytorch_optimizer.Lion(ps, RATE, weight_decay=0.1)),
+    "diffgrad": ("diffgrad", {}, lambda ps: pytorch_optimizer.DiffGrad(ps, RATE)),
+    "soap": (
+        "soap",
+        {"weight_decay": 0.1, "frequency": 8},
+        lambda ps: pytorch_optimizer.SOAP(ps, RATE, weight_decay=0.1, precondition_frequency=8),
+    ),
+    "galore": ("galore", {"rank": 3}, lambda ps: pytorch_optimizer.GaLore(low_rank(ps, 0.25), RATE)),
+    "fira": ("fira", {"rank": 3}, lambda ps: pytorch_optimizer.Fira(low_rank(ps, 1.0), RATE)),
+    "schedule-free-adamw": (
+        "schedule-free-adamw",
+        {"weight_decay": 0.1},
+        lambda ps: schedulefree.AdamWScheduleFree(ps, RATE, weight_decay=0.1),
+    ),
+    "schedule-free-sgd": (
+        "schedule-free-sgd",
+        {"weight_decay": 0.1},
+        lambda ps: schedulefree.SGDScheduleFree(ps, RATE, weight_decay=0.1),
+    ),
+    "dadapt-adam": (
+        "dadapt-adam",
+        {"weight_decay": 0.1},
+        lambda ps: dadaptation.DAdaptAdam(ps, RATE, weight_decay=0.1, decouple=True),
+    ),
+    "prodigy": ("prodigy", {"weight_decay": 0.1}, lambda ps: prodigyopt.Prodigy(ps, RATE, weight_decay=0.1)),
+}
+"""Case -> rule, options, and the other package's of the same parameters."""
+
+FP32 = ("soap", "galore", "fira")
+"""Peers that take QR and SVD in fp32 whatever the weights are."""
+
+
+def low_rank(parameters: list[Tensor], scale: float) -> list[dict[str, Any]]:
+    return [{"params": parameters, "rank": 3, "update_proj_gap": 200, "scale": scale, "projection_type": "std"}]
+
+
+@pytest.mark.parametrize("case", PEERS)
+def test_a_rule_is_that_of_another_package(case: str) -> None:
+    name, options, peer = PEERS[case]
+    shapes = {"soap": SQUARES, "galore": MATRICES, "fira": MATRICES}.get(name, VECTORS)
+    generator = torch.Generator().manual_seed(0)
+
+    def random() -> list[Tensor]:
+        return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+    ours = [torch.nn.Parameter(x) for x in random()]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    groups = [{"params": ours, "lr": RATE, "peak": RATE}]
+    one, two = OPTIMIZERS[name](groups, RATE, **options), peer(theirs)
+    free = isinstance(two, schedulefree.AdamWScheduleFree | schedulefree.SGDScheduleFree)
+    if free:
+        two.train()
+    for _ in range(20):
+        for p, q, g in zip(ours, theirs, random(), strict=True):
+            p.grad, q.grad = g, g.clone()
+        one.step()
+        two.step()
+    if free:
+        two.eval()
+    with averaged(one):
+        for p, q in zip(ours, theirs, strict=True):
+            bound = 1e-6 if case in FP32 else 1e-9
+            torch.testing.assert_close(p, q, rtol=bound, atol=bound)
