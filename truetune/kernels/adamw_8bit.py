@@ -55,12 +55,12 @@ def adamw_8bit(
 
 
 @lru_cache
-def dynamic_map(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 256 numbers in rising order, and the 255 middles between neighbours, fp32."""
+def dynamic_map(signed: bool, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The 256 numbers in rising order, and the 255 middles between neighbours."""
     parts = [torch.linspace(0.1, 1, 2 ** (6 - e) * (1 if signed else 2) + 1, dtype=torch.float64) for e in range(7)]
     sizes = torch.cat([(p[1:] + p[:-1]) / 2 * 10.0**-e for e, p in enumerate(parts)])
     numbers = torch.cat([-sizes, sizes] if signed else [sizes]).tolist()
-    values = torch.tensor(sorted([*numbers, 0.0, 1.0]))
+    values = torch.tensor(sorted([*numbers, 0.0, 1.0]), dtype=dtype)
     return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
 
 

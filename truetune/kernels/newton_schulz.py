@@ -40,5 +40,6 @@ def iterate(matrices_BMN: Tensor, steps: int, eps: float, symmetric: Symmetric) 
 
 
 def _symmetric(x_BSL: Tensor, added_BSS: Tensor | None, alpha: float, beta: float) -> Tensor:
-    product_BSS = x_BSL @ x_BSL.mT
-    return alpha * product_BSS if added_BSS is None else torch.add(beta * added_BSS, product_BSS, alpha=alpha)
+    if added_BSS is None:
+        return (x_BSL @ x_BSL.mT).mul_(alpha)
+    return torch.baddbmm(added_BSS, x_BSL, x_BSL.mT, beta=beta, alpha=alpha)

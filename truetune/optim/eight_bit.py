@@ -1,34 +1,21 @@
 """Adam's moments in 8 bits, by blocks, and two rules that keep them so (Dettmers et al. 2021, arXiv 2110.02861).
 
-Each block of a tensor is divided by its largest absolute value and rounded to the nearest of 256 values of a dynamic
-code: seven decades, the upper the finer, so that small moments are not lost beside large ones. m has a code with signs,
-v one without. Moments are read, updated and rounded again at every step; small tensors keep theirs in full.
+Each block of a tensor is divided by its largest absolute value and rounded to the nearest of the 256 values of
+``kernels.adamw_8bit``: seven decades, the upper the finer, so that small moments are not lost beside large ones.
+Moments are read, updated and rounded again at every step; small tensors keep theirs in full.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from truetune.kernels.adamw_8bit import dynamic_map
 from truetune.optim.low_rank import GaLore, LowRank, adam, corrected
 from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
-
-
-@cache
-def dynamic_code(signed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The 256 values, rising: 0, 1 and, in the decade that ends at 10^(i - 6), i = 0 to 6, the middles of 2^i equal
-    parts of its upper nine tenths, with either sign, or of twice as many without."""
-    parts = []
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float64)
-        middles = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)
-        parts += [middles, -middles] if signed else [middles]
-    code = torch.cat([*parts, torch.tensor([0.0, 1.0], dtype=torch.float64)])
-    return code.sort().values.to(device, dtype)
 
 
 def pack(x: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
@@ -36,16 +23,15 @@ def pack(x: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
     flat = x.reshape(len(x), -1)
     blocks = F.pad(flat, (0, -flat.shape[1] % block)).view(len(x), -1, block)
     scales = blocks.abs().amax(-1)
-    code = dynamic_code(signed, x.dtype, x.device)
-    middles = (code[1:] + code[:-1]) / 2
+    _, middles = dynamic_map(signed, x.device, x.dtype)
     whole = torch.where(scales > 0, scales, 1.0)
     return torch.bucketize(blocks / whole[..., None], middles).to(torch.uint8), scales
 
 
 def unpack(codes: Tensor, scales: Tensor, signed: bool, like: Tensor) -> Tensor:
     """The stack again, of the shape and dtype of ``like``."""
-    values = dynamic_code(signed, like.dtype, like.device)[codes.int()] * scales[..., None]
-    return values.view(len(like), -1)[:, : like[0].numel()].view(like.shape)
+    values, _ = dynamic_map(signed, like.device, like.dtype)
+    return (values[codes.int()] * scales[..., None]).view(len(like), -1)[:, : like[0].numel()].view(like.shape)
 
 
 SIGNED = {"m": True, "v": False}

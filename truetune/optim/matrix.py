@@ -11,27 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from truetune.kernels.newton_schulz import newton_schulz
 from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Jordan's quintic: steep at 0, so five rounds bring all singular values into about 0.68 to 1.13, not to 1."""
 
 
 def orthogonalize(x: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest matrices with equal singular values, roughly, of [..., m, n]: X <- a X + (b A + c A^2) X, A = X X^T.
+    """The nearest matrices with equal singular values, roughly, of [..., m, n] (``kernels.newton_schulz``).
 
     In bf16 on a GPU, where the paper's runs were, and in the dtype of ``x`` elsewhere.
     """
-    a, b, c = NEWTON_SCHULZ
-    tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).reshape(-1, *sorted(x.shape[-2:]))
-    y = y.bfloat16() if y.is_cuda and y.dtype == torch.float32 else y
-    y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-7)
-    for _ in range(rounds):
-        square = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=b, alpha=c), y, beta=a)
-    y = y.to(x.dtype)
-    return (y.mT if tall else y).reshape(x.shape)
+    flat = x.reshape(-1, *x.shape[-2:])
+    flat = flat.bfloat16() if flat.is_cuda and flat.dtype == torch.float32 else flat
+    return newton_schulz(flat, rounds).to(x.dtype).reshape(x.shape)
 
 
 class Muon(Rule):
