@@ -7,6 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from truetune.kernels.native import pointwise
 from truetune.kernels.op import Op, statistics_dtype
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -24,3 +25,10 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
 
 
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+@gated.on("cpu")
+def _native(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
+    if activation == "gelu" or not pointwise.computes(gate, up):
+        return gated.reference(gate, up, activation)
+    return pointwise.Gated.apply(gate, up, activation == "gelu_tanh")

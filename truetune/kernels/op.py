@@ -21,7 +21,10 @@ from truetune.errors import UserError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FAST_PATHS = {"native_attention": "attention compiled for this processor; without it torch's own"}
+FAST_PATHS = {
+    "native_attention": "attention compiled for this processor; without it torch's own",
+    "native_pointwise": "norms, rotary positions and gated activations compiled for this processor",
+}
 """Name of what ``TRUETUNE_OFF`` can turn off -> what it is."""
 
 

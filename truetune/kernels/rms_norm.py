@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from truetune.kernels.native import pointwise
 from truetune.kernels.op import Op, statistics_dtype
 
 
@@ -26,3 +27,12 @@ def rms_norm(
     wide = total.to(statistics_dtype(x.dtype))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * (weight_D.to(wide.dtype) + offset)).to(x.dtype), total
+
+
+@rms_norm.on("cpu")
+def _native(
+    x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if not pointwise.computes(x, *([] if residual is None else [residual])):
+        return rms_norm.reference(x, weight_D, eps, offset, residual)
+    return pointwise.RMSNorm.apply(x, weight_D, eps, offset, residual)

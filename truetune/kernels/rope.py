@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from truetune.kernels.native import pointwise
 from truetune.kernels.op import Op, statistics_dtype
 
 
@@ -23,6 +24,16 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys, each token's turned by the row of the table at its position; the table gets no gradient."""
     return tuple(_rotated(x, cos_PR[positions_T], sin_PR[positions_T], interleaved) for x in (q_HTd, k_KTd))  # type: ignore[return-value]
+
+
+@rope.on("cpu")
+def _native(
+    q_HTd: Tensor, k_KTd: Tensor, cos_PR: Tensor, sin_PR: Tensor, positions_T: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    if interleaved or not pointwise.computes(q_HTd, k_KTd):
+        return rope.reference(q_HTd, k_KTd, cos_PR, sin_PR, positions_T, interleaved)
+    tables = cos_PR.detach()[positions_T], sin_PR.detach()[positions_T]
+    return pointwise.Rope.apply(q_HTd, *tables), pointwise.Rope.apply(k_KTd, *tables)
 
 
 def _rotated(x: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:

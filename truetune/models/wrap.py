@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from truetune.data.batch import Batch
 from truetune.models.adapt import START, low_rank
 from truetune.models.route import Route, States
+from truetune.models.swap import swap, unswapped
 from truetune.models.tail import Tail
 
 
@@ -56,6 +57,7 @@ class CausalLM(nn.Module):
         self.route = route
         self.dtype = dtype
         self.train(model.training)
+        swap(self.hf, self.autocast)
         self.hf.set_attn_implementation(route.attention or route.published)
 
     @property
@@ -100,7 +102,8 @@ class CausalLM(nn.Module):
         self.hf.set_attn_implementation(attention or self.route.published)
         self.eval()
         try:
-            yield self.hf
+            with unswapped(self.hf):
+                yield self.hf
         finally:
             self.train(training)
             self.hf.set_attn_implementation(self.route.attention or self.route.published)

@@ -32,7 +32,7 @@ def sources(tmp_path: Path) -> Path:
 def test_it_is_compiled_once_and_says_so(sources: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     build.load(sources, "one", FLAGS)
     (file,) = cache.iterdir()
-    assert re.fullmatch(r"compiling attention for this processor, once \.\.\. \d+ s\n", capfd.readouterr().err)
+    assert re.fullmatch(r"compiling kernels for this processor, once \.\.\. \d+ s\n", capfd.readouterr().err)
     assert str(file) in torch.ops.loaded_libraries
     build.load(sources, "one", FLAGS)
     assert capfd.readouterr() == ("", "")
@@ -106,7 +106,7 @@ def test_a_failure_is_one_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(build, "load", fail)
     monkeypatch.setattr(build, "instructions", lambda: ["avx2", "fma"])
     assert build.kernels.__wrapped__() is None
-    assert capsys.readouterr().err == "note: attention is torch's own, which is slower: no luck\n"
+    assert capsys.readouterr().err == "note: kernels are torch's own, which are slower: no luck\n"
     monkeypatch.setattr(build, "instructions", lambda: ["sse2"])
     assert build.kernels.__wrapped__() is None
     assert not capsys.readouterr().err

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,18 @@ class BuildError(Exception):
 
 @functools.cache
 def kernels() -> Any | None:
-    """The operations of ``attention.cpp``, or None, with a note, where they cannot be had."""
+    """The operations of the ``.cpp`` files beside this one, or None, with a note, where they cannot be had."""
     if sys.platform != "linux" or not {"avx2", "fma"} <= set(instructions()):
         return None
     try:
         return load(SOURCES, "truetune", FLAGS)
     except BuildError as error:
-        print(f"note: attention is torch's own, which is slower: {error}", file=sys.stderr)
+        print(f"note: kernels are torch's own, which are slower: {error}", file=sys.stderr)
         return None
 
 
 def load(sources: Path, library: str, flags: tuple[str, ...]) -> Any:
-    """``torch.ops.<library>`` with the operations of ``attention.cpp`` in the folder ``sources``.
+    """``torch.ops.<library>`` with the operations of the ``.cpp`` files in the folder ``sources``.
 
     Raises BuildError if no compiler makes a library that can be loaded.
     """
@@ -96,14 +97,14 @@ def _built(sources: Path, library: str, compiler: list[str], flags: tuple[str, .
     parts = [*texts, *compiler, *options, *_LINK, torch.__version__, platform.machine(), *instructions()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = _private(cache_folder() / "native")
-    target = folder / f"attention-{key}.so"
+    target = folder / f"kernels-{key}.so"
     if target.is_file():
         return target
-    print("compiling attention for this processor, once ...", end=" ", file=sys.stderr, flush=True)
+    print("compiling kernels for this processor, once ...", end=" ", file=sys.stderr, flush=True)
     start = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _compile(sources / "attention.cpp", Path(scratch), compiler, options)
+            _compile(sorted(sources.glob("*.cpp")), Path(scratch), compiler, options)
             (Path(scratch) / "library.so").replace(target)  # whole or not at all, whoever else compiles it
     except BuildError:
         print("it failed", file=sys.stderr)
@@ -123,15 +124,21 @@ def _private(folder: Path) -> Path:
     return folder
 
 
-def _compile(source: Path, scratch: Path, compiler: list[str], options: list[str]) -> None:
+def _compile(sources: list[Path], scratch: Path, compiler: list[str], options: list[str]) -> None:
     torch_folder = Path(torch.__file__).parent
     include, lib = torch_folder / "include", torch_folder / "lib"
-    compiled, linked = str(scratch / "attention.o"), str(scratch / "library.so")
-    for command in (
-        [*compiler, *options, f"-I{include}", "-c", str(source), "-o", compiled],
-        [*compiler, *_LINK, compiled, "-o", linked, f"-L{lib}", "-lc10", "-ltorch_cpu"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            lines = done.stderr.splitlines() or [f"it ended with status {done.returncode}"]
-            raise BuildError(next((line for line in lines if "error" in line), lines[0]))
+    compiled = [str(scratch / f"{source.stem}.o") for source in sources]
+    commands = [
+        [*compiler, *options, f"-I{include}", "-c", str(source), "-o", target]
+        for source, target in zip(sources, compiled, strict=True)
+    ]
+    with ThreadPoolExecutor() as files:  # at once, since each takes seconds
+        list(files.map(_run, commands))
+    _run([*compiler, *_LINK, *compiled, "-o", str(scratch / "library.so"), f"-L{lib}", "-lc10", "-ltorch_cpu"])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        lines = done.stderr.splitlines() or [f"it ended with status {done.returncode}"]
+        raise BuildError(next((line for line in lines if "error" in line), lines[0]))

@@ -1,0 +1,178 @@
+"""Parts of a model computed by our kernels: RMS norms and gated feed-forward layers, kept only where they are proven.
+
+A part is known by its shape, never by its name: a module with one vector of weights and an epsilon may be an RMS norm,
+one with three linear layers and an activation a gated feed-forward. One of each kind is tried: outputs and gradients
+must differ from float64's at most twice as much as those of the module's own code, in the dtype of training. What is
+proven gets a subclass of its own class, so that parameters, names, saving and copies stay as they were.
+
+Left out: what has other arguments than its input, layer norms, experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import permutations, product
+from typing import Any, NamedTuple, cast, get_args
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from truetune.kernels.gated import Activation, gated
+from truetune.kernels.native import pointwise
+from truetune.kernels.rms_norm import rms_norm
+
+Context = Callable[[], contextlib.AbstractContextManager]
+TOKENS = 16
+"""Of the input that a part is tried on."""
+SAME = 1e-6
+"""Relative difference in float64 below which two computations are the same function; some norms are always in fp32."""
+
+
+class _Swapped:
+    """Marks the classes that are made here; ``plain`` is the class that the model's author wrote."""
+
+    plain: type[nn.Module]
+
+
+class _Way(NamedTuple):
+    """How a module may be computed: ``compute(module, x)`` for x [..., width]."""
+
+    width: int
+    compute: Callable[[Any, Tensor], Tensor]
+
+
+def swap(model: nn.Module, autocast: Context) -> int:
+    """Let parts of ``model`` compute through our kernels where these win; how many do.
+
+    autocast: the context that the model is trained in.
+    """
+    proven: dict[str, type[nn.Module] | None] = {}
+    count = 0
+    for module in model.modules():
+        if isinstance(module, _Swapped) or not (ways := _ways(module)):
+            continue
+        if not pointwise.available(next(module.parameters()).device):
+            return 0
+        kind = _kind(module)
+        if kind not in proven:
+            proven[kind] = _proven(module, ways, autocast)
+        if made := proven[kind]:
+            module.__class__ = made
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def unswapped(model: nn.Module) -> Iterator[None]:
+    """Every part computed by its author's code, for a while: the reference of the checks."""
+    swapped = [(module, type(module)) for module in model.modules() if isinstance(module, _Swapped)]
+    for module, made in swapped:
+        module.__class__ = cast(Any, made).plain
+    try:
+        yield
+    finally:
+        for module, made in swapped:
+            module.__class__ = made
+
+
+def _ways(module: nn.Module) -> list[_Way]:
+    """Ways in which the module may be computed, by its shape."""
+    children = dict(module.named_children())
+    own = dict(module.named_parameters(recurse=False))
+    if not children and own.keys() == {"weight"} and own["weight"].ndim == 1:
+        eps = [name for name, value in vars(module).items() if isinstance(value, float)]
+        width = len(own["weight"])
+        return [_Way(width, partial(_norm, eps=name, offset=offset)) for name, offset in product(eps, (0.0, 1.0))]
+    linear = {name: child for name, child in children.items() if isinstance(child, nn.Linear | Conv1D | LoraLayer)}
+    rest = [child for name, child in children.items() if name not in linear]
+    if own or len(linear) != 3 or any(next(child.parameters(), None) is not None for child in rest):
+        return []
+    found = []
+    for names, activation in product(permutations(linear), get_args(Activation)):
+        gate, up, down = (_sizes(linear[name]) for name in names)
+        if gate == up and down == gate[::-1]:
+            found.append(_Way(gate[0], partial(_feed_forward, names=names, activation=activation)))
+    return found
+
+
+def _norm(module: Any, x: Tensor, *, eps: str, offset: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, module.weight.dtype))
+    return rms_norm(wide, module.weight, getattr(module, eps), offset)[0]
+
+
+def _feed_forward(module: Any, x: Tensor, *, names: tuple[str, str, str], activation: Activation) -> Tensor:
+    gate, up, down = (getattr(module, name) for name in names)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both, which keep it for their gradients
+    return cast(Tensor, down(gated(gate(x), up(x), activation)))
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs."""
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    first, second = cast(Tensor, base.weight).shape
+    return (first, second) if isinstance(base, Conv1D) else (second, first)
+
+
+def _kind(module: nn.Module) -> str:
+    """Equal for modules that compute alike, whatever their weights."""
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    shapes = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in module.named_parameters()]
+    return f"{type(module).__module__} {module!r} {plain} {shapes}"
+
+
+def _proven(module: nn.Module, ways: list[_Way], autocast: Context) -> type[nn.Module] | None:
+    """The class of the first way that is the module's function, and as near to it as the module's own code."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for way in ways:
+            x = torch.randn(1, TOKENS, way.width) * torch.logspace(-3, 1, TOKENS)[:, None]  # small ones show an epsilon
+            made = _made(type(module), way)
+            try:
+                exact = copy.deepcopy(module).double()
+                truth = _observe(exact, x.double(), type(module))
+                if not _within(_observe(exact, x.double(), made), truth, [SAME] * len(truth)):
+                    continue
+                with autocast():
+                    own, ours = (_observe(copy.deepcopy(module), x, kind) for kind in (type(module), made))
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+                return None  # it is not called so, and is left as it is
+            bounds = [2 * _error(a, b) + 1e-6 for a, b in zip(own, truth, strict=True)]
+            if ours[0].dtype == own[0].dtype and _within(ours, truth, bounds):
+                return made
+    return None
+
+
+def _made(plain: type[nn.Module], way: _Way) -> type[nn.Module]:
+    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return plain.forward(self, x, *args, **kwargs) if args or kwargs else way.compute(self, x)
+
+    return type(plain.__name__, (_Swapped, plain), {"plain": plain, "forward": forward})
+
+
+def _observe(module: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
+    """As a module of class ``kind``: the output, and the gradients of input and parameters for a fixed readout of it."""
+    module.__class__ = kind
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    out = module(x)
+    readout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * readout.to(out.dtype)).sum().backward()
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return [out.detach(), cast(Tensor, x.grad), *(g.clone() for g in gradients)]
+
+
+def _within(found: list[Tensor], truth: list[Tensor], bounds: list[float]) -> bool:
+    pairs = zip(found, truth, bounds, strict=False)
+    return len(found) == len(truth) and all(_error(a, b) <= bound for a, b, bound in pairs)
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    """Relative, and absolute where the truth is 0."""
+    size = float(truth.norm())
+    return float((found.double() - truth).norm()) / (size or 1.0)
