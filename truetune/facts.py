@@ -20,7 +20,8 @@ import truetune
 from truetune import versions
 from truetune.assembly import Job
 from truetune.errors import UserError
-from truetune.kernels.native.attention import available
+from truetune.kernels.native.build import kernels
+from truetune.kernels.op import FAST_PATHS, is_on
 from truetune.models.adapt import START
 from truetune.models.adapter import provenance
 from truetune.rows import sources_of
@@ -113,8 +114,13 @@ def environment(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "attention": "native" if device.type == "cpu" and available() else "torch",
+        "kernels": _compiled() if device.type == "cpu" else "torch",
     }
+
+
+def _compiled() -> str:
+    """The kernels that were compiled for this processor and are used."""
+    return ", ".join(name for name in FAST_PATHS if kernels() and is_on(name)) or "torch"
 
 
 def cpu_name() -> str:
@@ -244,5 +250,5 @@ def require_same_adapter(facts: Facts, job: Job) -> None:
 def moved(facts: Facts, job: Job) -> list[str]:
     """What has changed since the run began of all that decides the last digits of a sum."""
     then, here = facts.values["environment"], environment(job)
-    names = ("device", "cpu", "threads", "torch", "attention")
+    names = ("device", "cpu", "threads", "torch", "kernels")
     return [f"{name} was {then.get(name)} and is {here[name]}" for name in names if then.get(name) != here[name]]

@@ -29,6 +29,6 @@ _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 @gated.on("cpu")
 def _native(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
-    if activation == "gelu" or not pointwise.computes(gate, up):
+    if activation not in pointwise.ACTIVATIONS or not pointwise.computes(gate, up):
         return gated.reference(gate, up, activation)
     return pointwise.Gated.apply(gate, up, activation == "gelu_tanh")

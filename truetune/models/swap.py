@@ -15,14 +15,14 @@ import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import permutations, product
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from truetune.kernels.gated import Activation, gated
+from truetune.kernels.gated import gated
 from truetune.kernels.native import pointwise
 from truetune.kernels.rms_norm import rms_norm
 
@@ -93,7 +93,7 @@ def _ways(module: nn.Module) -> list[_Way]:
     if own or len(linear) != 3 or any(next(child.parameters(), None) is not None for child in rest):
         return []
     found = []
-    for names, activation in product(permutations(linear), get_args(Activation)):
+    for names, activation in product(permutations(linear), pointwise.ACTIVATIONS):
         gate, up, down = (_sizes(linear[name]) for name in names)
         if gate == up and down == gate[::-1]:
             found.append(_Way(gate[0], partial(_feed_forward, names=names, activation=activation)))
@@ -105,7 +105,7 @@ def _norm(module: Any, x: Tensor, *, eps: str, offset: float) -> Tensor:
     return rms_norm(wide, module.weight, getattr(module, eps), offset)[0]
 
 
-def _feed_forward(module: Any, x: Tensor, *, names: tuple[str, str, str], activation: Activation) -> Tensor:
+def _feed_forward(module: Any, x: Tensor, *, names: tuple[str, str, str], activation: Any) -> Tensor:
     gate, up, down = (getattr(module, name) for name in names)
     if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both, which keep it for their gradients

@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 from truetune.kernels.native.build import kernels
 from truetune.kernels.op import is_on
 
+ACTIVATIONS = ("silu", "gelu_tanh")
+"""Those of ``kernels.gated`` that are compiled."""
+
 
 def computes(*tensors: Tensor) -> bool:
     """Whether tensors of this one dtype can be computed here."""
