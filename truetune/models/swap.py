@@ -105,7 +105,7 @@ def _norm(module: Any, x: Tensor, *, eps: str, offset: float) -> Tensor:
     return rms_norm(wide, module.weight, getattr(module, eps), offset)[0]
 
 
-def _feed_forward(module: Any, x: Tensor, *, names: tuple[str, str, str], activation: Any) -> Tensor:
+def _feed_forward(module: Any, x: Tensor, *, names: tuple[str, ...], activation: Any) -> Tensor:
     gate, up, down = (getattr(module, name) for name in names)
     if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both, which keep it for their gradients
@@ -156,7 +156,7 @@ def _made(plain: type[nn.Module], way: _Way) -> type[nn.Module]:
 
 
 def _observe(module: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
-    """As a module of class ``kind``: the output, and the gradients of input and parameters for a fixed readout of it."""
+    """As a module of class ``kind``: output, and gradients of input and parameters for a fixed readout of it."""
     module.__class__ = kind
     module.zero_grad()
     x = x.clone().requires_grad_()
