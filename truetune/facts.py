@@ -120,7 +120,7 @@ def environment(job: Job) -> dict[str, Any]:
 
 def _compiled() -> str:
     """The kernels that were compiled for this processor and are used."""
-    return ", ".join(name for name in FAST_PATHS if kernels() and is_on(name)) or "torch"
+    return ", ".join(name for name in FAST_PATHS if is_on(name) and kernels()) or "torch"
 
 
 def cpu_name() -> str:

@@ -49,7 +49,7 @@ def test_the_oldest_transformers_runs_the_fast_invariants(evidence: Callable[...
     )
     found = subprocess.run([str(python), "-c", show], check=True, capture_output=True, text=True).stdout.split()
     assert found[0] == version
-    command = [str(python), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *TESTS]
+    command = [str(python), "-m", "pytest", "-rs", "-p", "no:cacheprovider", *TESTS]
     result = subprocess.run(
         command, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

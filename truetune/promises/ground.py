@@ -78,6 +78,8 @@ def shortened(recipe: Recipe, folder: Path, every: int) -> Recipe:
         return cast(Part, getattr(recipe, name).model_copy(update=changes))
 
     train, evaluation = recipe.train, recipe.evaluation
+    asked = recipe.schedule.options.get("decay")  # as warm-up: above 1, so many steps of a longer run
+    decay = {"decay": min(asked, 1.0)} if isinstance(asked, int | float) else {}
     return recipe.model_copy(
         update={
             "train": part(
@@ -97,7 +99,7 @@ def shortened(recipe: Recipe, folder: Path, every: int) -> Recipe:
                 samples=min(evaluation.samples, 1),
                 sample_tokens=min(evaluation.sample_tokens, 8),
             ),
-            "schedule": part("schedule", warmup=min(recipe.schedule.warmup, 1.0)),
+            "schedule": part("schedule", warmup=min(recipe.schedule.warmup, 1.0), **decay),
             "checkpoint": part("checkpoint", every=every, keep=STEPS),
             "output": part("output", folder=str(folder), tensorboard=False, wandb=False),
         }
