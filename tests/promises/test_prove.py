@@ -14,7 +14,7 @@ WSD = ("schedule.name=wsd", "schedule.decay=300")
 CASES = [
     ("llama", ["adapter.lora_plus_ratio=4"]),
     ("qwen2", ["adapter.dropout=0.1", "model.precision=bf16"]),
-    ("gpt2", []),
+    ("gpt2", ["optimizer.name=prodigy", "optimizer.rate=1"]),
     ("llama", ["adapter.method=full", "optimizer.rate=1e-3"]),
     ("qwen2", ["adapter.method=full", "optimizer.rate=1e-3", "schedule.warmup=30", *WSD]),
     ("gpt2", ["adapter.method=full", "optimizer.rate=1e-3", "model.precision=bf16"]),

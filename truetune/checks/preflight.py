@@ -22,7 +22,7 @@ from truetune.data.batch import IGNORE, Batch, Document
 from truetune.models.adapt import unfused
 from truetune.models.load import Loaded
 from truetune.models.wrap import CausalLM
-from truetune.optim import set_rate
+from truetune.optim import enough, set_rate
 from truetune.training.gradient import accumulate
 from truetune.training.integrity import fingerprints, integrity
 from truetune.training.record import Checks, Verdict
@@ -142,7 +142,7 @@ def moved(trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
     model, batch = trainer.model, Batch.of(documents, trainer.model.device)
     before = fingerprints(model.model)
     model.eval()  # dropout would hide a gradient by chance
-    set_rate(trainer.optimizer, 1.0)
+    set_rate(trainer.optimizer, enough(trainer.optimizer))
     called = _called(model, batch)
     seen: dict[str, bool] = {}
     finite = True

@@ -25,6 +25,7 @@ __all__ = [
     "adamw",
     "averaged",
     "averages",
+    "enough",
     "kinds_of",
     "parameter_groups",
     "set_rate",
@@ -54,6 +55,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "dadapt-adam": DAdaptAdam,
     "prodigy": Prodigy,
 }
+
+
+def enough(rule: object) -> float:
+    """Factor of the peak rate at which fp32 shows what a few steps of ``rule`` move: those that find their own rate
+    begin with almost none."""
+    return 1e4 if getattr(rule, "finds_rate", False) else 1.0
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
