@@ -158,7 +158,7 @@ def _made(plain: type[nn.Module], way: _Way) -> type[nn.Module]:
 def _observe(module: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
     """As a module of class ``kind``: output, and gradients of input and parameters for a fixed readout of it."""
     module.__class__ = kind
-    module.zero_grad()
+    module.eval().zero_grad()  # dropout, which is a layer's own, would differ from call to call
     x = x.clone().requires_grad_()
     out = module(x)
     readout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))

@@ -97,6 +97,11 @@ def test_what_computes_something_else_is_left_alone(module: nn.Module, taken: bo
     assert all(p.grad is None for p in after.values())
 
 
+def test_dropout_in_adapters_is_in_nobodys_way() -> None:
+    model = wrap(tiny("llama"), True, dropout=0.3)
+    assert swapped(model)["LlamaMLP"] == 2 and all(m.training for m in model.modules() if isinstance(m, nn.Dropout))
+
+
 def test_a_kernel_that_errs_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from truetune.models import swap as module
 
