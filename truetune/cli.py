@@ -7,7 +7,6 @@ and keeps its traceback.
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,50 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from typer.core import TyperGroup
 
+from truetune import bench
+from truetune.commands import group
 from truetune.errors import UserError
 
 if TYPE_CHECKING:
     from truetune.recipe import Recipe
 
 
-class _Commands(TyperGroup):
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command; its line in a list of commands is whole, where click would cut it to fit one line."""
-        command = super().get_command(ctx, cmd_name)
-        if command is None:
-            known = self.list_commands(ctx)
-            meant = difflib.get_close_matches(cmd_name, known, n=1)
-            guess = f"did you mean {meant[0]!r}? " if meant else ""
-            raise UserError(f"there is nothing called {cmd_name}; {guess}choose among: {', '.join(known)}")
-        if command.help:
-            command.short_help = command.help.partition("\n")[0]
-        return command
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-
-
-def _group(purpose: str) -> typer.Typer:
-    return typer.Typer(
-        cls=_Commands,
-        help=purpose,
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-        context_settings={"max_content_width": 120},
-    )
-
-
-app = _group("Train language models: fast, and verified to be real.")
-show = _group("Print what there is to choose from.")
+app = group("Train language models: fast, and verified to be real.")
+show = group("Print what there is to choose from.")
 app.add_typer(show, name="show")
+app.add_typer(bench.app, name="bench")
 
 RecipeAndKeys = Annotated[
     list[str] | None,

@@ -1,0 +1,206 @@
+"""Every operation of ``kernels``, forward and backward, against its reference and against what torch offers for it.
+
+The ways are timed in turns; a figure is a median, with the quartiles of its ratio to ours. Beside it stands the error
+of outputs and gradients against the reference in float64, without which a time says nothing. What is asked: a bf16
+model of hidden size 896 with heads of 64, 2,048 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import truetune
+from truetune.errors import UserError
+from truetune.kernels import linear_cross_entropy, lora_linear, packed_attention
+from truetune.kernels.attention import by_document
+from truetune.kernels.gated import gated
+from truetune.kernels.op import FAST_PATHS, is_on
+from truetune.kernels.rms_norm import rms_norm
+from truetune.kernels.rope import rope
+
+HIDDEN, INNER, SIZE, TOKENS, ENTRIES, RANK = 896, 4864, 64, 2048, 32_000, 16
+WARM = 2
+"""Calls before the first that counts."""
+OURS, PLAIN, TORCH = "truetune", "reference", "torch"
+
+
+class Case(NamedTuple):
+    """name of the operation, what it is asked, tensors that get gradients, and name -> function of them."""
+
+    name: str
+    asked: str
+    tensors: list[Tensor]
+    ways: dict[str, Callable[..., Tensor]]
+
+
+def cases() -> Iterator[Case]:
+    """Every operation that a model calls."""
+    yield from _attention()
+    x, weight_D = _random(TOKENS, HIDDEN, dtype=torch.float32), _random(HIDDEN, dtype=torch.float32)
+    yield Case(
+        "rms_norm",
+        f"{TOKENS} x {HIDDEN} fp32",
+        [x, weight_D],
+        {
+            OURS: lambda x, w: rms_norm(x, w, 1e-6)[0],
+            PLAIN: lambda x, w: rms_norm.reference(x, w, 1e-6)[0],
+            TORCH: lambda x, w: F.rms_norm(x, (HIDDEN,), w, 1e-6),
+        },
+    )
+    yield Case(
+        "gated",
+        f"{TOKENS} x {INNER} bf16, SiLU",
+        [_random(TOKENS, INNER), _random(TOKENS, INNER)],
+        {OURS: gated, PLAIN: gated.reference, TORCH: lambda gate, up: F.silu(gate) * up},
+    )
+    yield _rope()
+    low, up = (_random(*shape, dtype=torch.float32) for shape in ((RANK, HIDDEN), (INNER, RANK)))
+    weight = _random(INNER, HIDDEN)
+    yield Case(
+        "lora_linear",
+        f"{TOKENS} x {HIDDEN} to {INNER}, rank {RANK}",
+        [_random(TOKENS, HIDDEN), low, up],
+        {
+            OURS: lambda x, a, b: lora_linear(x, weight.to(x.dtype), None, a, b, 2.0),
+            PLAIN: lambda x, a, b: lora_linear.reference(x, weight.to(x.dtype), None, a, b, 2.0),
+        },
+    )
+    yield _loss()
+
+
+def _attention() -> Iterator[Case]:
+    for documents in (16, 4, 1):
+        lengths = (TOKENS // documents,) * documents
+        options = (lengths, SIZE**-0.5)
+        yield Case(
+            "packed_attention",
+            f"{documents} x {lengths[0]} tokens, 14 and 2 heads of {SIZE}, bf16",
+            [_random(heads, TOKENS, SIZE) for heads in (14, 2, 2)],
+            {
+                OURS: lambda q, k, v, o=options: packed_attention(q, k, v, *o),
+                PLAIN: lambda q, k, v, o=options: packed_attention.reference(q, k, v, *o),
+                TORCH: lambda q, k, v, o=options: by_document(q, k, v, *o),
+            },
+        )
+
+
+def _rope() -> Case:
+    angles = torch.arange(TOKENS)[:, None] * 1e4 ** -(torch.arange(SIZE // 2) / (SIZE // 2))
+    table = (angles.cos(), angles.sin(), torch.arange(TOKENS))
+
+    def by_halves(q: Tensor, k: Tensor) -> Tensor:
+        cos, sin = (torch.cat([t, t], -1).to(q.dtype) for t in table[:2])
+        turned = (x * cos + torch.cat([-x[..., SIZE // 2 :], x[..., : SIZE // 2]], -1) * sin for x in (q, k))
+        return torch.cat(list(turned))
+
+    return Case(
+        "rope",
+        f"{TOKENS} tokens, 14 and 2 heads of {SIZE}",
+        [_random(heads, TOKENS, SIZE) for heads in (14, 2)],
+        {
+            OURS: lambda q, k: torch.cat(rope(q, k, *table)),
+            PLAIN: lambda q, k: torch.cat(rope.reference(q, k, *table)),
+            TORCH: by_halves,
+        },
+    )
+
+
+def _loss() -> Case:
+    weight, labels = _random(ENTRIES, HIDDEN), torch.randint(0, ENTRIES, (TOKENS // 2,))
+    return Case(
+        "linear_cross_entropy",
+        f"{TOKENS // 2} targets, {ENTRIES:,} entries, frozen head",
+        [_random(TOKENS // 2, HIDDEN)],
+        {
+            OURS: lambda h: linear_cross_entropy(h, weight.to(h.dtype), labels).total,
+            PLAIN: lambda h: linear_cross_entropy.reference(h, weight.to(h.dtype), labels).total,
+            TORCH: lambda h: F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), labels, reduction="sum"),
+        },
+    )
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape).mul(shape[-1] ** -0.5 if len(shape) == 2 else 1.0).to(dtype)
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """Seconds of every call by way, and the largest relative error of outputs and gradients against float64."""
+    truth = _observe(case.ways[PLAIN], [t.double() for t in case.tensors])
+    seconds: dict[str, list[float]] = {way: [] for way in case.ways}
+    errors = {}
+    for i in range(WARM + repeats):
+        for way, function in case.ways.items():
+            start = time.perf_counter()
+            found = _observe(function, case.tensors)
+            if i >= WARM:
+                seconds[way].append(time.perf_counter() - start)
+            errors[way] = max(
+                float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True) if b.norm()
+            )
+    return {"name": case.name, "asked": case.asked, "seconds": seconds, "errors": errors}
+
+
+def _observe(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    out.backward(torch.ones_like(out) if out.ndim == 0 else _readout(out))
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def _readout(out: Tensor) -> Tensor:
+    """Fixed, and cheap beside what is timed."""
+    row = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)
+    return row.expand_as(out).contiguous()
+
+
+def write(only: Sequence[str], repeats: int, to: Path | None) -> None:
+    """Measure and print; the raw samples go to ``to``. Raises UserError for an operation that there is not."""
+    torch.manual_seed(0)
+    chosen = list(cases())
+    names = list(dict.fromkeys(case.name for case in chosen))
+    if unknown := sorted(set(only) - set(names)):
+        raise UserError(f"there is no operation {unknown[0]} to time; choose among: {', '.join(names)}")
+    found = []
+    for case in chosen:
+        if not only or case.name in only:
+            found.append(measure(case, repeats))
+            print("\n".join(_lines(found[-1])), flush=True)
+    if to:
+        to.write_text(json.dumps({"machine": _machine(), "repeats": repeats, "results": found}, indent=1) + "\n")
+        print(f"raw samples: {to}")
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    ours = found["seconds"][OURS]
+    yield f"{found['name']}: {found['asked']}"
+    for way, seconds in found["seconds"].items():
+        ratios = sorted(theirs / mine for theirs, mine in zip(seconds, ours, strict=True))
+        low, high = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
+        spread = "" if way == OURS else f"{statistics.median(ratios):8.2f} times ours ({low:.2f} to {high:.2f})"
+        yield f"  {way:10}{1e3 * statistics.median(seconds):9.2f} ms  error {found['errors'][way]:.1e}{spread}"
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "command": " ".join(["truetune", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "truetune": truetune.__version__,
+        "torch": torch.__version__,
+        "cpu": str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor()),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "fast_paths": [name for name in FAST_PATHS if is_on(name)],
+    }
