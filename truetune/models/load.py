@@ -212,10 +212,10 @@ def stop_ids(
     found: set[int] = set()
     for value in (tokenizer.eos_token_id, generation.eos_token_id, config.get_text_config().eos_token_id):
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int for token in ids):
+        if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
             raise UserError(
-                f"eos_token_id is {value!r}, but must be a token's number or a list of them; correct config.json and "
-                "generation_config.json"
+                f"eos_token_id is {value!r}, but must be a token's number, from 0, or a list of them; correct "
+                "config.json and generation_config.json"
             )
         found.update(ids)
     return frozenset(found)
