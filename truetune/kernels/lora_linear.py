@@ -1,18 +1,19 @@
-"""A frozen linear layer with a LoRA adapter, forward and backward without a full-size temporary.
+"""Frozen linear layers with LoRA adapters, forward and backward without a full-size temporary.
 
     y = x W^T + bias + s (x A^T) B^T        dx = dy W + s (dy B) A
     dA = s (dy B)^T x                       dB = s dy^T (x A^T)
 
 LoRA: Hu et al. 2021, arXiv 2106.09685. The two products of size [T, O] and [T, I] that the adapter adds are
-added in place, and only x and the small x A^T are saved. Left out: adapter dropout, DoRA, a trained base.
+added in place, and only x and the small x A^T are saved. Layers that read the same x do so together: one copy of x in
+the products' dtype, one product for all A, one sum for dx. Left out: adapter dropout, DoRA, a trained base.
 
-Shape suffixes: T rows of x, I inputs, O outputs, R rank of the adapter.
+Shape suffixes: T rows of x, I inputs, O outputs, R rank of the adapter, S ranks of all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,16 @@ from torch.autograd.function import once_differentiable
 from truetune.kernels.op import Op, compute_dtype, no_autocast
 
 Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+
+
+class Layer(NamedTuple):
+    """weight [O, I] and bias [O] are frozen; the adapter is scaling * b a, with a [R, I] and b [O, R]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scaling: float
 
 
 @Op
@@ -42,27 +53,33 @@ def lora_linear(
 
 @lora_linear.on("cpu", "cuda")
 def _fused(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-    return through(_product, x, weight_OI, bias_O, a_RI, b_OR, scaling)
+    return through(_product, x, [Layer(weight_OI, bias_O, a_RI, b_OR, scaling)])[0]
+
+
+@Op
+def lora_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """What ``lora_linear`` gives for each of the layers, whose weights are of one dtype."""
+    return tuple(lora_linear.reference(x, *layer) for layer in layers)
+
+
+@lora_linears.on("cpu", "cuda")
+def _together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    return through(_product, x, layers)
 
 
 def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_TR: Tensor, up_OR: Tensor) -> Tensor:
     return F.linear(x_TI, weight_OI, bias_O).addmm_(low_TR, up_OR.T)
 
 
-def through(
-    product: Product,
-    x: Tensor,
-    weight_OI: Tensor,
-    bias_O: Tensor | None,
-    a_RI: Tensor,
-    b_OR: Tensor,
-    scaling: float,
-) -> Tensor:
+def through(product: Product, x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     """The operation over ``product``: (x, W, b, low, up) -> x W^T + b + low up^T, all of one dtype."""
-    _require_frozen(weight_OI, bias_O)
+    for layer in layers:
+        _require_frozen(layer.weight, layer.bias)
     x_TI = x.reshape(-1, x.shape[-1])
+    weights, biases, a, b, scalings = zip(*layers, strict=True)
+    outputs = _LoRALinears.apply(product, scalings, x_TI, *weights, *biases, *a, *b)
     # Viewed out here: a view made inside a custom function can't be added to in place, as some models do.
-    return _LoRALinear.apply(x_TI, weight_OI, bias_O, a_RI, b_OR, scaling, product).view(*x.shape[:-1], -1)
+    return tuple(y_TO.view(*x.shape[:-1], -1) for y_TO in outputs)
 
 
 def _require_frozen(weight_OI: Tensor, bias_O: Tensor | None) -> None:
@@ -70,45 +87,66 @@ def _require_frozen(weight_OI: Tensor, bias_O: Tensor | None) -> None:
         raise ValueError("lora_linear has no gradient for its weight and bias; freeze them first")
 
 
-class _LoRALinear(torch.autograd.Function):
+class _LoRALinears(torch.autograd.Function):
+    """``apply(product, scalings, x_TI, *weights, *biases, *a, *b)``, the last four of each layer."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        a_RI: Tensor,
-        b_OR: Tensor,
-        scaling: float,
-        product: Product,
-    ) -> Tensor:
-        ctx.scaling, ctx.product, ctx.dtype = scaling, product, x_TI.dtype
-        dtype = compute_dtype(x_TI, weight_OI)
+        ctx: Any, product: Product, scalings: tuple[float, ...], x_TI: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        weights, biases, a, b = _by_kind(tensors)
+        ctx.product, ctx.scalings, ctx.dtype = product, scalings, x_TI.dtype
+        ctx.factors = [(f.dtype, f.requires_grad) for f in (*a, *b)]
+        dtype = compute_dtype(x_TI, *weights)
         x_TI = x_TI.to(dtype)
         with no_autocast(x_TI):
-            low_TR = x_TI @ a_RI.to(dtype).T
-            bias_O = None if bias_O is None else bias_O.to(dtype)
-            y_TO = product(x_TI, weight_OI.to(dtype), bias_O, low_TR, (b_OR * scaling).to(dtype))
-        _, _, _, for_a, for_b, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x_TI if for_a else None, weight_OI, a_RI, b_OR, low_TR if for_b else None)
-        return y_TO
+            a_SI = torch.cat([f.to(dtype) for f in a])
+            ups = [(f * s).to(dtype) for f, s in zip(b, scalings, strict=True)]
+            low_TS = x_TI @ a_SI.T
+            lows = low_TS.split([len(f) for f in a], 1)
+            outputs = tuple(
+                product(x_TI, weight.to(dtype), None if bias is None else bias.to(dtype), low_TR, up_OR)
+                for weight, bias, low_TR, up_OR in zip(weights, biases, lows, ups, strict=True)
+            )
+        for_a, for_b = (any(f.requires_grad for f in factors) for factors in (a, b))
+        ctx.save_for_backward(x_TI if for_a else None, low_TS if for_b else None, a_SI, *weights, *ups)
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, weight_OI, a_RI, b_OR, low_TR = ctx.saved_tensors
-        for_x, _, _, for_a, for_b, *_ = ctx.needs_input_grad
-        dtype = grad_TO.dtype
-        grad_x_TI = grad_a_RI = grad_b_OR = None
-        with no_autocast(grad_TO):
-            if for_x or for_a:
-                grad_low_TR = grad_TO @ (b_OR * ctx.scaling).to(dtype)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(grads)
+        x_TI, low_TS, a_SI, *tensors = ctx.saved_tensors
+        weights, ups = tensors[:count], tensors[count:]
+        ranks = [up_OR.shape[1] for up_OR in ups]
+        for_x, (for_a, for_b) = ctx.needs_input_grad[2], (ctx.factors[:count], ctx.factors[count:])
+        dtype = a_SI.dtype
+        grad_x_TI, grads_a, grads_b = None, [None] * count, [None] * count
+        with no_autocast(a_SI):
+            if for_x or x_TI is not None:
+                grad_low_TS = torch.cat([g @ up_OR for g, up_OR in zip(grads, ups, strict=True)], 1)
             if for_x:
-                grad_x_TI = ctx.product(grad_TO, weight_OI.to(dtype).T, None, grad_low_TR, a_RI.to(dtype).T).to(
-                    ctx.dtype
-                )
-            if for_a:
-                grad_a_RI = (grad_low_TR.T @ x_TI).to(a_RI.dtype)
-            if for_b:
-                grad_b_OR = (grad_TO.T @ low_TR).to(b_OR.dtype).mul_(ctx.scaling)
-        return grad_x_TI, None, None, grad_a_RI, grad_b_OR, None, None
+                grad_x_TI = ctx.product(grads[0], weights[0].to(dtype).T, None, grad_low_TS, a_SI.T)
+                for grad_TO, weight_OI in zip(grads[1:], weights[1:], strict=True):
+                    grad_x_TI.addmm_(grad_TO, weight_OI.to(dtype))
+                grad_x_TI = grad_x_TI.to(ctx.dtype)
+            if x_TI is not None:
+                grads_a = [
+                    g.to(own) if wanted else None
+                    for g, (own, wanted) in zip((grad_low_TS.T @ x_TI).split(ranks), for_a, strict=True)
+                ]
+            if low_TS is not None:
+                # low^T dy and not dy^T low: oneDNN takes 0.65 of the time for it where O is large.
+                grads_b = [
+                    (low_TR.T @ g).T.to(own).contiguous().mul_(scaling) if wanted else None
+                    for low_TR, g, scaling, (own, wanted) in zip(
+                        low_TS.split(ranks, 1), grads, ctx.scalings, for_b, strict=True
+                    )
+                ]
+        return None, None, grad_x_TI, *[None] * (2 * count), *grads_a, *grads_b
+
+
+def _by_kind(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    """Weights, biases, a and b."""
+    count = len(tensors) // 4
+    return [tensors[i * count : (i + 1) * count] for i in range(4)]

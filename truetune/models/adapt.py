@@ -30,9 +30,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from truetune.errors import UserError
-from truetune.kernels.lora_linear import lora_linear
+from truetune.kernels.lora_linear import Layer, lora_linear, lora_linears
 from truetune.models.load import quiet
 from truetune.models.targets import adapted_linears, embeddings_name, in_full, is_tied, shortest
+from truetune.models.together import Together, of_one_input
 
 START = "start"
 """Name of the frozen adapter that holds where PiSSA began; its scaling is negative."""
@@ -41,11 +42,27 @@ START = "start"
 class FusedLoraLinear(PeftLoraLinear):
     """PEFT's LoRA layer with base and adapter computed together; anything unusual goes PEFT's way."""
 
+    together: Together | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or args or kwargs or not self.active_adapters:
+        if args or kwargs or not self.adapts:
             return super().forward(x, *args, **kwargs)
+        if self.together and all(isinstance(m, FusedLoraLinear) and m.adapts for m in self.together.layers):
+            return self.together.output(self, x)
+        return lora_linear(x, *self.parts)
+
+    @property
+    def adapts(self) -> bool:
+        return bool(self.active_adapters) and not self.disable_adapters and not self.merged
+
+    @property
+    def parts(self) -> Layer:
         base = cast(nn.Linear, self.base_layer)
-        return lora_linear(x, base.weight, base.bias, *factors(self))
+        return Layer(base.weight, base.bias, *factors(self))
+
+
+def _compute(x: Tensor, layers: Sequence[FusedLoraLinear]) -> tuple[Tensor, ...]:
+    return lora_linears(x, [layer.parts for layer in layers])
 
 
 def factors(layer: PeftLoraLinear) -> tuple[Tensor, Tensor, float]:
@@ -153,7 +170,7 @@ def add_lora(
 
 def insert(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """The adapter that ``config`` describes, new, in ``model``; all that is trained is fp32."""
-    full, tied = set(config.modules_to_save or ()), is_tied(model)
+    full, tied, groups = set(config.modules_to_save or ()), is_tied(model), of_one_input(model)
     with quiet():
         peft = get_peft_model(model, config)
     if tied and embeddings_name(model) in full and not is_tied(model):
@@ -172,6 +189,12 @@ def insert(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             f"{min(surplus)} would be trained too, by the likeness of its name; leave it out of adapter.also"
         )
     fuse(peft)
+    for names in groups:
+        layers = [m for m in map(model.get_submodule, names) if isinstance(m, FusedLoraLinear)]
+        if len({layer.weight.dtype for layer in layers}) == 1 < len(layers):
+            together = Together(layers, _compute)
+            for layer in layers:
+                layer.together = together
     return peft
 
 

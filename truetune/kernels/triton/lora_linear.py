@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from truetune.kernels.lora_linear import through
+from truetune.kernels.lora_linear import Layer, through
 from truetune.kernels.triton.launch import launch
 
 
@@ -58,4 +58,4 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_TR: Ten
 def lora_linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
 ) -> Tensor:
-    return through(_product, x, weight_OI, bias_O, a_RI, b_OR, scaling)
+    return through(_product, x, [Layer(weight_OI, bias_O, a_RI, b_OR, scaling)])[0]

@@ -1,0 +1,61 @@
+"""Linear layers that read the same input, as queries, keys and values do, computed by whichever is called first.
+
+The model's code stays as it is: it calls one layer after the other, and those after the first find their output made.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+class Together:
+    """Layers of one input. compute: (x, layers) -> their outputs in order."""
+
+    def __init__(self, layers: Sequence[Any], compute: Callable[[Tensor, Sequence[Any]], Sequence[Tensor]]) -> None:
+        self.layers, self.compute = tuple(layers), compute
+        self._state: tuple[Any, ...] = ()
+        self._x: Tensor | None = None
+        self._waiting: dict[Any, Tensor] = {}
+
+    def output(self, layer: Any, x: Tensor) -> Tensor:
+        """Of ``layer``, which is one of ``layers``, for x."""
+        version = 0 if x.is_inference() else x._version
+        state = (version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
+        if self._x is not x or self._state != state or layer not in self._waiting:
+            self._x, self._state = x, state
+            self._waiting = dict(zip(self.layers, self.compute(x, self.layers), strict=True))
+        y = self._waiting.pop(layer)
+        if not self._waiting:
+            self._x = None
+        return y
+
+
+@torch.no_grad()
+def of_one_input(model: PreTrainedModel) -> list[list[str]]:
+    """Names of the linear layers within one module that a forward of ``model`` calls with the very same tensor."""
+    read: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _module, args: read.__setitem__(name, args[0])
+
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    hooks = [m.register_forward_pre_hook(note(n)) for n, m in linears]
+    training = model.training
+    model.eval()
+    try:
+        model(input_ids=torch.arange(1, 9, device=model.device)[None], use_cache=False)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    groups = defaultdict(list)
+    for name, x in read.items():
+        groups[name.rpartition(".")[0], id(x)].append(name)
+    return [names for names in groups.values() if len(names) > 1]
