@@ -32,7 +32,7 @@ def _native(
 ) -> tuple[Tensor, Tensor]:
     if interleaved or not pointwise.computes(q_HTd, k_KTd):
         return rope.reference(q_HTd, k_KTd, cos_PR, sin_PR, positions_T, interleaved)
-    tables = cos_PR.detach()[positions_T], sin_PR.detach()[positions_T]
+    tables = [table.detach()[positions_T].repeat(1, 2) for table in (cos_PR, sin_PR)]
     return pointwise.Rope.apply(q_HTd, *tables), pointwise.Rope.apply(k_KTd, *tables)
 
 

@@ -1,9 +1,10 @@
-"""Parts of a model computed by our kernels: RMS norms and gated feed-forward layers, kept only where they are proven.
+"""Parts of a model computed by our kernels: RMS norms, gated feed-forward layers and rotary positions, where proven.
 
 A part is known by its shape, never by its name: a module with one vector of weights and an epsilon may be an RMS norm,
 one with three linear layers and an activation a gated feed-forward. One of each kind is tried: outputs and gradients
 must differ from float64's at most twice as much as those of the module's own code, in the dtype of training. What is
-proven gets a subclass of its own class, so that parameters, names, saving and copies stay as they were.
+proven gets a subclass of its own class, so that parameters, names, saving and copies stay as they were. Attention
+layers keep their author's code but for the function that turns queries and keys (``models.rotary``).
 
 Left out: what has other arguments than its input, layer norms, experts.
 """
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from truetune.kernels.gated import gated
 from truetune.kernels.native import pointwise
 from truetune.kernels.rms_norm import rms_norm
+from truetune.models.rotary import forward_with_rotary
 
 Context = Callable[[], contextlib.AbstractContextManager]
 TOKENS = 16
@@ -51,16 +53,17 @@ def swap(model: nn.Module, autocast: Context) -> int:
 
     autocast: the context that the model is trained in.
     """
-    proven: dict[str, type[nn.Module] | None] = {}
+    proven: dict[Any, type[nn.Module] | None] = {}
     count = 0
+    if not pointwise.available(next(model.parameters()).device):
+        return 0
     for module in model.modules():
-        if isinstance(module, _Swapped) or not (ways := _ways(module)):
+        plain: Any = type(module)
+        if isinstance(module, _Swapped) or not ((turning := forward_with_rotary(plain)) or (ways := _ways(module))):
             continue
-        if not pointwise.available(next(module.parameters()).device):
-            return 0
-        kind = _kind(module)
+        kind = plain if turning else _kind(module)
         if kind not in proven:
-            proven[kind] = _proven(module, ways, autocast)
+            proven[kind] = _subclass(plain, turning) if turning else _proven(module, ways, autocast)
         if made := proven[kind]:
             module.__class__ = made
             count += 1
@@ -152,6 +155,10 @@ def _made(plain: type[nn.Module], way: _Way) -> type[nn.Module]:
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return plain.forward(self, x, *args, **kwargs) if args or kwargs else way.compute(self, x)
 
+    return _subclass(plain, forward)
+
+
+def _subclass(plain: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
     return type(plain.__name__, (_Swapped, plain), {"plain": plain, "forward": forward})
 
 

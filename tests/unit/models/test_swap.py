@@ -29,16 +29,16 @@ def swapped(model: nn.Module) -> Counter[str]:
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("llama", {"LlamaMLP": 2, "LlamaRMSNorm": 5}),
-        ("qwen3", {"Qwen3MLP": 2, "Qwen3RMSNorm": 9}),
-        ("gemma2", {"Gemma2MLP": 2, "Gemma2RMSNorm": 9}),
-        ("granite", {"GraniteMLP": 2, "GraniteRMSNorm": 5}),
+        ("llama", {"LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}),
+        ("qwen3", {"Qwen3Attention": 2, "Qwen3MLP": 2, "Qwen3RMSNorm": 9}),
+        ("gemma2", {"Gemma2Attention": 2, "Gemma2MLP": 2, "Gemma2RMSNorm": 9}),
+        ("granite", {"GraniteAttention": 2, "GraniteMLP": 2, "GraniteRMSNorm": 5}),
         ("gpt2", {}),
         ("opt", {}),
     ],
 )
 @pytest.mark.parametrize("lora", [False, True])
-def test_norms_and_gated_layers_are_swapped(family: str, expected: dict[str, int], lora: bool) -> None:
+def test_what_is_swapped(family: str, expected: dict[str, int], lora: bool) -> None:
     assert swapped(wrap(tiny(family), lora, torch.bfloat16)) == expected
 
 

@@ -2,7 +2,7 @@
 //
 //   s = x + residual,  y = s r (w + offset),  r = 1 / sqrt(mean s^2 + eps)
 //     dx = r (g - s r mean(g s r)) + ds,  g = dy (w + offset),  dw = sum over rows of dy s r
-//   a' = a cos - b sin,  b' = b cos + a sin,  and back with -sin
+//   a' = a cos_1 - b sin_1,  b' = b cos_2 + a sin_2;  back  da = da' cos_1 + db' sin_2,  db = db' cos_2 - da' sin_1
 //   h = act(gate) up,  act(x) = x / (1 + 2^-u):  u = log2(e) x (SiLU),  u = 2 log2(e) c (x + 0.044715 x^3) (GELU, tanh)
 //     dup = dh act(gate),  dgate = dh up (S + x S (1 - S) u' / log2(e)),  S = 1 / (1 + 2^-u)
 // Everything is read once, computed in fp32 and rounded once. Rows are shared out in blocks of a fixed size, and what
@@ -172,9 +172,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const std::option
   return {dx, parts};
 }
 
-// Of one token's heads: `pairs` pairs (i, i + pairs) are turned, the rest is copied.
-template <class E>
-void turn(const Tensor& x, const Tensor& to, const float* cosine, const float* sine, Index pairs, float sign, Index token) {
+// Of one token's heads: `pairs` pairs (i, i + pairs) are turned, or turned back, the rest is copied.
+template <class E, bool BACK>
+void turn(const Tensor& x, const Tensor& to, const float* cosine, const float* sine, Index pairs, Index token) {
   using T = typename E::Element;
   const Index size = x.size(2);
   for (Index head = 0; head < x.size(0); head++) {
@@ -183,27 +183,30 @@ void turn(const Tensor& x, const Tensor& to, const float* cosine, const float* s
     for (Index i = 0; i < pairs; i += LANES) {
       const Index left = pairs - i;
       const Vec a = read(from + i, left), b = read(from + pairs + i, left);
-      const Vec c = read(cosine + i, left), s = read(sine + i, left) * sign;
-      write<E>(out + i, a * c - b * s, left);
-      write<E>(out + pairs + i, b * c + a * s, left);
+      const Vec c1 = read(cosine + i, left), c2 = read(cosine + pairs + i, left);
+      const Vec s1 = read(sine + i, left), s2 = read(sine + pairs + i, left);
+      write<E>(out + i, BACK ? a * c1 + b * s2 : a * c1 - b * s1, left);
+      write<E>(out + pairs + i, BACK ? b * c2 - a * s1 : b * c2 + a * s2, left);
     }
     std::copy(from + 2 * pairs, from + size, out + 2 * pairs);
   }
 }
 
-// x [heads, tokens, size], cosine and sine [tokens, pairs] -> the same in memory as [tokens, heads, size].
+// x [heads, tokens, size], cosine and sine [tokens, 2 pairs] -> the same in memory as [tokens, heads, size].
 Tensor rope(const Tensor& x, const Tensor& cosine, const Tensor& sine, bool back) {
   TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1, "x has to be [heads, tokens, size], its rows contiguous");
   for (const Tensor& table : {cosine, sine})
     TORCH_CHECK(table.scalar_type() == at::kFloat && table.is_contiguous() && table.dim() == 2 &&
-                    table.size(0) == x.size(1) && 2 * table.size(1) <= x.size(2),
-                "cosine and sine have to be float [tokens, pairs]");
+                    table.size(0) == x.size(1) && table.size(1) % 2 == 0 && table.size(1) <= x.size(2),
+                "cosine and sine have to be float [tokens, 2 pairs]");
   const Tensor to = at::empty({x.size(1), x.size(0), x.size(2)}, x.options()).transpose(0, 1);
-  const Index pairs = cosine.size(1);
-  const auto work = x.scalar_type() == at::kFloat ? turn<Fp32> : turn<Bf16>;
+  const Index width = cosine.size(1);
+  const bool single = x.scalar_type() == at::kFloat;
+  const auto work = back ? (single ? turn<Fp32, true> : turn<Bf16, true>)
+                         : (single ? turn<Fp32, false> : turn<Bf16, false>);
   each_block(x.size(1), BLOCK, [&](Index first, Index last) {
     for (Index token = first; token < last; token++)
-      work(x, to, data<float>(cosine) + token * pairs, data<float>(sine) + token * pairs, pairs, back ? -1 : 1, token);
+      work(x, to, data<float>(cosine) + token * width, data<float>(sine) + token * width, width / 2, token);
   });
   return to;
 }

@@ -60,7 +60,8 @@ class RMSNorm(torch.autograd.Function):
 
 
 class Rope(torch.autograd.Function):
-    """``apply(x_HTd, cos_TR, sin_TR)``: pairs (i, i + R) turned, the tables one row a token."""
+    """``apply(x_HTd, cos_TR, sin_TR)``: x cos + rotated(x) sin, with the second half of a row, negative, before its
+    first. What a head has beyond the R of the tables passes through."""
 
     @staticmethod
     def forward(ctx: Any, x_HTd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
