@@ -48,7 +48,13 @@ def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 515 * 4)
 
 
-@pytest.mark.usefixtures("_chunks")
+@pytest.fixture(params=["compiled", "torch"])
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setenv("TRUETUNE_OFF", "native_cross_entropy")
+
+
+@pytest.mark.usefixtures("_chunks", "_path")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -9,8 +9,8 @@ The second product is that of an adapter of the head (LoRA: l = h A^T, U = s B),
 
 The equal goes over the rows in chunks of a fixed number of bytes and computes loss and gradients in the same
 pass: the gradient of the sum is known up to one factor, grad_output, which the backward multiplies in. So
-memory grows neither with the rows nor with the vocabulary. Statistics are fp32, and the gradient of the
-weight is summed in fp32 from unrounded softmax values.
+memory grows neither with the rows nor with the vocabulary. Statistics are fp32, and so are the sums of gradients over
+chunks. The usual loss is one compiled pass over a chunk of logits, which become their gradient (``native/``).
 
 Idea: chunks and gradient-in-forward as in Liger (Hsu et al. 2024, arXiv 2410.10989); cut cross-entropy
 (Wijmans et al. 2024, arXiv 2411.09009) instead chunks the vocabulary. Left out: gradient filtering,
@@ -31,10 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from truetune.kernels.native import cross_entropy
 from truetune.kernels.op import Op, compute_dtype, no_autocast, statistics_dtype
 
 CHUNK_BYTES = 96 << 20
 """Most bytes that a chunk's logits and their fp32 statistics may take."""
+CLASSES = 1 << 14
+"""Rows of the weight's gradient that are added to at once."""
 
 
 class LossTerms(NamedTuple):
@@ -159,14 +162,19 @@ class _Sweep:
         self.weight_VD, self.bias_V, self.up_VR = weight_VD, bias_V, up_VR
         self.scale, self.softcap, self.z_loss, self.smoothing = shape
         dtype, work = weight_VD.dtype, statistics_dtype(weight_VD.dtype)
+        usual = bias_V is None and not (self.z_loss or self.smoothing)
+        self.compiled = usual and cross_entropy.computes(weight_VD)
         vocabulary = len(weight_VD)
-        row_bytes = vocabulary * (work.itemsize * (1 + (self.softcap is not None)) + dtype.itemsize * (dtype != work))
-        chunks = math.ceil(rows / max(1, CHUNK_BYTES // row_bytes))
+        apart = dtype != work and not self.compiled
+        copies = work.itemsize * (apart + (self.softcap is not None and not self.compiled))
+        chunks = math.ceil(rows / max(1, CHUNK_BYTES // (vocabulary * (dtype.itemsize + copies))))
         self.rows = math.ceil(rows / max(1, chunks))
         chunk = (self.rows, vocabulary)
-        self.work_CV = weight_VD.new_empty(chunk, dtype=work)
-        self.logits_CV = self.work_CV if dtype == work else weight_VD.new_empty(chunk)
-        self.slope_CV = None if self.softcap is None else weight_VD.new_empty(chunk, dtype=work)
+        self.logits_CV = weight_VD.new_empty(chunk)
+        self.work_CV = weight_VD.new_empty(chunk, dtype=work) if apart else self.logits_CV
+        self.slope_CV = None
+        if self.softcap is not None and not self.compiled:
+            self.slope_CV = weight_VD.new_empty(chunk, dtype=work)
 
     def __call__(
         self,
@@ -178,7 +186,7 @@ class _Sweep:
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         """Losses, hits, and the gradients of hidden, weight, bias, low and up that are wanted."""
         for_hidden, for_weight, for_bias, for_low, for_up = wanted
-        rows, work = len(hidden_ND), self.work_CV.dtype
+        rows, dtype, work = len(hidden_ND), self.weight_VD.dtype, statistics_dtype(self.weight_VD.dtype)
         losses_N = hidden_ND.new_empty(rows, dtype=work)
         correct_N = hidden_ND.new_empty(rows, dtype=torch.bool)
         grad_hidden_ND = torch.empty_like(hidden_ND) if for_hidden else None
@@ -188,38 +196,58 @@ class _Sweep:
         grad_up_VR = torch.zeros_like(self.up_VR, dtype=work) if self.up_VR is not None and for_up else None
         for start in range(0, rows, max(1, self.rows)):
             part = slice(start, start + self.rows)
-            hidden_CD, labels_C1 = hidden_ND[part].to(self.weight_VD.dtype), labels_N[part, None]
-            low_CR = None if low_NR is None else low_NR[part].to(self.weight_VD.dtype)
-            work_CV, lse_C1 = self._softmax(hidden_CD, low_CR, labels_C1, losses_N[part], correct_N[part])
-            if not any(wanted):
-                continue
-            self._to_gradient(work_CV, lse_C1, labels_C1)
-            if weights_N is not None:
-                work_CV.mul_(weights_N[part, None])
-            logits_CV = self.logits_CV[: len(hidden_CD)]
-            if logits_CV.dtype != work:
-                logits_CV.copy_(work_CV)
+            hidden_CD = hidden_ND[part].to(dtype)
+            low_CR = None if low_NR is None else low_NR[part].to(dtype)
+            weights_C = None if weights_N is None else weights_N[part]
+            found = losses_N[part], correct_N[part]
+            slopes_CV = self._slopes(hidden_CD, low_CR, labels_N[part], weights_C, *found, any(wanted))
             if grad_hidden_ND is not None:
-                grad_hidden_ND[part] = logits_CV @ self.weight_VD
+                grad_hidden_ND[part] = slopes_CV @ self.weight_VD
             if grad_low_NR is not None and self.up_VR is not None:
-                grad_low_NR[part] = logits_CV @ self.up_VR
+                grad_low_NR[part] = slopes_CV @ self.up_VR
             if grad_weight_VD is not None:
-                grad_weight_VD.addmm_(work_CV.T, hidden_CD.to(work))
+                _add_product(grad_weight_VD, slopes_CV, hidden_CD)
             if grad_bias_V is not None:
-                grad_bias_V += work_CV.sum(0)
+                grad_bias_V += slopes_CV.sum(0, dtype=work)
             if grad_up_VR is not None and low_CR is not None:
-                grad_up_VR.addmm_(work_CV.T, low_CR.to(work))
+                _add_product(grad_up_VR, slopes_CV, low_CR)
         return losses_N, correct_N, (grad_hidden_ND, grad_weight_VD, grad_bias_V, grad_low_NR, grad_up_VR)
 
-    def _softmax(
-        self, hidden_CD: Tensor, low_CR: Tensor | None, labels_C1: Tensor, losses_C: Tensor, correct_C: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Fill losses_C and correct_C; return the softmax, which stands in the work buffer, and the log-sum-exp."""
-        rows = len(hidden_CD)
-        work_CV, logits_CV = self.work_CV[:rows], self.logits_CV[:rows]
-        torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
+    def _slopes(
+        self,
+        hidden_CD: Tensor,
+        low_CR: Tensor | None,
+        labels_C: Tensor,
+        weights_C: Tensor | None,
+        losses_C: Tensor,
+        correct_C: Tensor,
+        wanted: bool,
+    ) -> Tensor:
+        """Fill losses_C and correct_C; the gradient of the summed loss by h W^T + b, in the products' dtype, if wanted.
+
+        It stands in the buffer of the logits."""
+        logits_CV = torch.mm(hidden_CD, self.weight_VD.T, out=self.logits_CV[: len(hidden_CD)])
         if low_CR is not None and self.up_VR is not None:
             logits_CV.addmm_(low_CR, self.up_VR.T)
+        if self.compiled:
+            shape = (self.scale, self.softcap or 0.0)
+            cross_entropy.in_place(logits_CV, labels_C, weights_C, losses_C, correct_C, *shape, wanted)
+            return logits_CV
+        labels_C1 = labels_C[:, None]
+        work_CV, lse_C1 = self._softmax(logits_CV, labels_C1, losses_C, correct_C)
+        if wanted:
+            self._to_gradient(work_CV, lse_C1, labels_C1)
+            if weights_C is not None:
+                work_CV.mul_(weights_C[:, None])
+            if logits_CV.dtype != work_CV.dtype:
+                logits_CV.copy_(work_CV)
+        return logits_CV
+
+    def _softmax(
+        self, logits_CV: Tensor, labels_C1: Tensor, losses_C: Tensor, correct_C: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fill losses_C and correct_C; return the softmax, which stands in the work buffer, and the log-sum-exp."""
+        work_CV = self.work_CV[: len(logits_CV)]
         if logits_CV.dtype != work_CV.dtype:
             work_CV.copy_(logits_CV)
         if self.bias_V is not None:
@@ -228,7 +256,7 @@ class _Sweep:
             work_CV.mul_(self.scale)
         if self.softcap is not None and self.slope_CV is not None:
             work_CV.div_(self.softcap).tanh_()
-            torch.mul(work_CV, work_CV, out=self.slope_CV[:rows]).neg_().add_(1)
+            torch.mul(work_CV, work_CV, out=self.slope_CV[: len(work_CV)]).neg_().add_(1)
             work_CV.mul_(self.softcap)
         label_C1 = work_CV.gather(1, labels_C1)
         rival_C1 = work_CV.scatter_(1, labels_C1, -math.inf).amax(1, keepdim=True)
@@ -255,3 +283,13 @@ class _Sweep:
             work_CV.mul_(self.slope_CV[: len(work_CV)])
         if self.scale != 1.0:
             work_CV.mul_(self.scale)
+
+
+def _add_product(sum_VD: Tensor, slopes_CV: Tensor, x_CD: Tensor) -> None:
+    """sum += slopes^T x. In another dtype than the sum's a part of the classes at a time, since each takes a copy."""
+    if sum_VD.dtype == slopes_CV.dtype:
+        sum_VD.addmm_(slopes_CV.T, x_CD)
+        return
+    for start in range(0, len(sum_VD), CLASSES):
+        part = slice(start, start + CLASSES)
+        sum_VD[part] += slopes_CV[:, part].T @ x_CD

@@ -23,6 +23,7 @@ R = TypeVar("R")
 
 FAST_PATHS = {
     "native_attention": "attention compiled for this processor; without it torch's own",
+    "native_cross_entropy": "the loss of a chunk of logits, and its gradient, in one compiled pass",
     "native_pointwise": "norms, rotary positions and gated activations compiled for this processor",
 }
 """Name of what ``TRUETUNE_OFF`` can turn off -> what it is."""

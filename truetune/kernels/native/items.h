@@ -15,8 +15,6 @@
 
 namespace truetune {
 
-constexpr float LOG2E = 1.44269504088896340736f;
-
 struct Shape {
   Index heads, key_heads, tokens, size, values;  // size of a query head, of a value head
   float scale;

@@ -51,6 +51,7 @@ constexpr Index ROWS = 4;
 constexpr Index KEYS = 64;  // of one block: its keys and values stay in the first cache
 constexpr Index LARGEST = 256;  // size of a head
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+constexpr float LOG2E = 1.44269504088896340736f;
 
 template <class To, class From>
 inline To bits(const From& from) {
@@ -211,7 +212,6 @@ inline Vec exp2(const Vec& x) {
 }
 
 inline Vec tanh(const Vec& x) {
-  constexpr float LOG2E = 1.44269504088896340736f;
   const Vec square = x * x;
   const Vec small = x + x * square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315 + square * (62.0f / 2835
       + square * (-1382.0f / 155925 + square * (21844.0f / 6081075))))));

@@ -1,0 +1,123 @@
+// Cross-entropy of rows of logits, and its gradient in their place.
+//
+//   z = scale x     or, with a soft cap c,  z = c tanh(scale x / c),  z' = scale (1 - (z / c)^2), else z' = scale
+//   loss = log sum exp z - z[label]        dx = weight (softmax(z) - [label]) z'
+// A row is computed by one thread, in fp32, and its gradient rounded once. Sums of exponentials are made of short sums,
+// so that their error does not grow with the vocabulary.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "reading.h"
+
+#ifndef TRUETUNE_LIBRARY
+#define TRUETUNE_LIBRARY truetune
+#endif
+
+namespace truetune {
+namespace {
+
+using at::Tensor;
+
+constexpr int EXACT = Fp32::TERMS;  // of 2^x, whatever the logits' dtype: the loss is fp32
+constexpr Index SHORT = 64 * LANES;  // elements of one short sum
+
+struct Logit {
+  float scale, softcap;  // 0: none
+
+  Vec operator()(const Vec& x, Vec* slope = nullptr) const {
+    if (softcap == 0) {
+      if (slope) *slope = scale - Vec{};
+      return x * scale;
+    }
+    const Vec t = tanh(x * (scale / softcap));
+    if (slope) *slope = scale * (1.0f - t * t);
+    return t * softcap;
+  }
+  float of(float x) const { return (*this)(x - Vec{})[0]; }
+};
+
+// The largest logit, that of the label left out: lanes beyond the row do not count.
+template <class T>
+float highest_rival(const T* row, Index size, Index label, const Logit& logit) {
+  constexpr int32_t LANE[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Vec largest = NOTHING - Vec{}, broken{};
+  for (Index i = 0; i < size; i += LANES) {
+    const Vec z = logit(read(row + i, size - i));
+    const Ints lane = load<Ints>(LANE) + static_cast<int32_t>(i);
+    broken = z == z ? broken : z;
+    largest = (lane != static_cast<int32_t>(label)) & (lane < static_cast<int32_t>(size)) & (z > largest) ? z : largest;
+  }
+  const float sum = total(broken);  // not a number if any logit is none
+  return sum == sum ? highest(largest) : sum;
+}
+
+template <class E>
+void row_loss(typename E::Element* row, Index size, Index label, float weight, const Logit& logit, bool gradient,
+              float* loss, bool* correct) {
+  const float own = logit.of(read(row + label, 1)[0]);
+  const float rival = highest_rival(row, size, label, logit), top = own > rival ? own : rival;
+  double sum = 0;
+  for (Index first = 0; first < size; first += SHORT) {
+    const Index last = std::min(size, first + SHORT);
+    Vec part{};
+    Index i = first;
+    for (; i + LANES <= last; i += LANES) part += exp2<EXACT>((logit(read(row + i, LANES)) - top) * LOG2E);
+    float few = 0;
+    for (; i < last; i++) few += std::exp(logit.of(read(row + i, 1)[0]) - top);
+    sum += total(part) + few;
+  }
+  const float more = static_cast<float>(std::log(sum));
+  *loss = (top - own) + more;
+  *correct = own > rival;
+  if (!gradient) return;
+  if (*loss != *loss) weight = *loss;  // exp2 would make a number of it
+  for (Index i = 0; i < size; i += LANES) {
+    Vec slope;
+    const Vec z = logit(read(row + i, size - i), &slope);
+    Vec d = exp2<EXACT>((z - top - more) * LOG2E);
+    if (label >= i && label < i + LANES) d[label - i] = std::expm1(-*loss);
+    write<E>(row + i, d * slope * weight, size - i);
+  }
+}
+
+void cross_entropy(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& weights,
+                   const Tensor& losses, const Tensor& correct, double scale, double softcap, bool gradient) {
+  const bool single = logits.scalar_type() == at::kFloat;
+  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && (single || logits.scalar_type() == at::kBFloat16),
+              "logits have to be [rows, classes], contiguous, float or bfloat16");
+  const Index rows = logits.size(0), size = logits.size(1);
+  for (const Tensor& t : {labels, weights.value_or(labels), losses, correct})
+    TORCH_CHECK(t.dim() == 1 && t.size(0) == rows && t.is_contiguous(), "one label, weight, loss and hit for each row");
+  TORCH_CHECK(labels.scalar_type() == at::kLong && losses.scalar_type() == at::kFloat &&
+                  correct.scalar_type() == at::kBool && (!weights || weights->scalar_type() == at::kFloat),
+              "labels have to be int64, weights and losses float, hits bool");
+  const Index* label = labels.data_ptr<Index>();
+  for (Index i = 0; i < rows; i++)
+    TORCH_CHECK_INDEX(label[i] >= 0 && label[i] < size, "label ", label[i], " is none of ", size, " classes");
+  const Logit logit{float(scale), float(softcap)};
+  at::parallel_for(0, rows, 1, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; i++) {
+      const float weight = weights ? weights->data_ptr<float>()[i] : 1.0f;
+      float* loss = losses.data_ptr<float>() + i;
+      bool* hit = correct.data_ptr<bool>() + i;
+      if (single)
+        row_loss<Fp32>(data<float>(logits) + i * size, size, label[i], weight, logit, gradient, loss, hit);
+      else
+        row_loss<Bf16>(data<uint16_t>(logits) + i * size, size, label[i], weight, logit, gradient, loss, hit);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace truetune
+
+TORCH_LIBRARY_FRAGMENT(TRUETUNE_LIBRARY, library) {
+  library.def("cross_entropy(Tensor(a!) logits, Tensor labels, Tensor? weights, Tensor(b!) losses, Tensor(c!) correct,"
+              " float scale, float softcap, bool gradient) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(TRUETUNE_LIBRARY, CPU, library) { library.impl("cross_entropy", truetune::cross_entropy); }
