@@ -24,6 +24,7 @@ R = TypeVar("R")
 FAST_PATHS = {
     "native_attention": "attention compiled for this processor; without it torch's own",
     "native_pointwise": "norms, rotary positions and gated activations compiled for this processor",
+    "shared_prefixes": "tokens with which several documents of a step begin, computed once for all of them",
 }
 """Name of what ``TRUETUNE_OFF`` can turn off -> what it is."""
 
