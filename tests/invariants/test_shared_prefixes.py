@@ -219,11 +219,12 @@ def test_a_run_shares_by_itself_and_tells_it(my_model: Path, tmp_path: Path, mon
     system = {"role": "system", "content": "You answer in whole sentences, briefly, and never more than you know."}
     rows = [{"messages": [system, *row["messages"]]} for row in chats(40)]
     data = write_rows(tmp_path / "data.jsonl", rows)
+    wide = ("data.max_length=256", "train.tokens_per_step=600", "train.tokens_per_micro_batch=400")
     results, steps = [], []
     for off in ("", "shared_prefixes"):
         monkeypatch.setenv("TRUETUNE_OFF", off)
         folder = tmp_path / f"out{off}"
-        assert invoke("train", *keys(my_model, data, folder, "output.merged=false")).exit_code == 0
+        assert invoke("train", *keys(my_model, data, folder, *wide, "output.merged=false")).exit_code == 0
         told = facts(folder)
         names = {verdict["name"] for verdict in told["verdicts"] if verdict["passed"]}
         assert ("shared prefixes do not change the gradient" in names) == (not off)
