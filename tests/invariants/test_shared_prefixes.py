@@ -20,6 +20,7 @@ from truetune.kernels.attention import packed_attention
 from truetune.models import route as routes
 from truetune.models.router import Router
 from truetune.objectives.next_token import NextToken
+from truetune.promises import rows
 from truetune.training.gradient import accumulate
 
 DROPOUT = {"resid_pdrop": 0.1}
@@ -132,6 +133,8 @@ def test_a_step_learns_and_counts_the_same(monkeypatch):
         trainer = tiny_trainer(model, documents, tokens_per_step=whole, tokens_per_micro_batch=120, shares=shares)
         assert all(len(b.tokens) <= 120 for b in trainer.batches(0))
         steps.append(next(r for r in trainer.steps() if r.kind == "step"))
+        faults: list[str] = []
+        assert rows._labels(trainer, faults) == (1, sum(d.target_count for d in documents)) and not faults
     apart, shared = steps
     assert shared.loss == pytest.approx(apart.loss, rel=1e-6)
     assert shared.gradient_norm == pytest.approx(apart.gradient_norm, rel=1e-5)
@@ -217,8 +220,7 @@ def test_the_preflight_sees_a_prefix_that_is_forgotten(monkeypatch):
 def test_a_run_shares_by_itself_and_tells_it(my_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows with one system prompt, through the command; and the same run with sharing turned off."""
     system = {"role": "system", "content": "You answer in whole sentences, briefly, and never more than you know."}
-    rows = [{"messages": [system, *row["messages"]]} for row in chats(40)]
-    data = write_rows(tmp_path / "data.jsonl", rows)
+    data = write_rows(tmp_path / "data.jsonl", [{"messages": [system, *row["messages"]]} for row in chats(40)])
     wide = ("data.max_length=256", "train.tokens_per_step=600", "train.tokens_per_micro_batch=400")
     results, steps = [], []
     for off in ("", "shared_prefixes"):
