@@ -22,10 +22,13 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def inputs(heads: tuple[int, int, int, int], tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """q, k, v, and a gradient of the output."""
+def inputs(
+    heads: tuple[int, int, int, int], tokens: int, dtype: torch.dtype, behind: int = 0
+) -> tuple[list[Tensor], Tensor]:
+    """q, k, v, and a gradient of the output; behind: tokens that have a key alone."""
     queries, keys, size, values = heads
-    shapes = [(queries, tokens, size), (keys, tokens, size), (keys, tokens, values), (queries, tokens, values)]
+    every = tokens + behind
+    shapes = [(queries, tokens, size), (keys, every, size), (keys, every, values), (queries, tokens, values)]
     *tensors, dout = (torch.randn(*shape).to(dtype) for shape in shapes)
     return tensors, dout
 
@@ -49,7 +52,7 @@ def worse(
     against: Callable[..., Tensor] = packed_attention.reference,
 ) -> list[str]:
     """What has more than twice the error of ``against`` to float64, by the measure of numerics/conftest.py."""
-    tensors, dout = inputs(heads, sum(lengths), dtype)
+    tensors, dout = inputs(heads, sum(lengths), dtype, sum(options.get("key_lengths", lengths)) - sum(lengths))
     exact = [t.double() for t in tensors]
     truth = outcome(packed_attention.equals["cuda"], exact, dout.double(), lengths, scale, **options)
     plain = outcome(against, tensors, dout, lengths, scale, **options)

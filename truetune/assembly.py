@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,13 +20,14 @@ from truetune.data import dataset, formats
 from truetune.data.batch import Document
 from truetune.data.chat import Renderer
 from truetune.errors import UserError
+from truetune.kernels.op import is_on
 from truetune.models.adapt import add_lora
 from truetune.models.adapter import continued
 from truetune.models.coverage import coverage
 from truetune.models.load import Loaded, load, require_causal
 from truetune.models.precision import keep_sums_in_fp32
-from truetune.models.route import choose_route
-from truetune.models.router import choose_router, has_router_loss
+from truetune.models.route import choose_route, sharing_disproof
+from truetune.models.router import Router, choose_router, has_router_loss
 from truetune.models.small import positions_of, takes_more_positions
 from truetune.models.tail import measure_tail
 from truetune.models.wrap import CausalLM
@@ -45,7 +47,8 @@ TEXTS, STEP_TEXT = 4_000_000, 1_000
 
 @dataclass(frozen=True)
 class Job:
-    """A trainer with what it was made of; notes: sentences that the user should read before it runs."""
+    """A trainer with what it was made of; notes: sentences that the user should read before it runs; unshared: why
+    documents that begin alike do not share the computation of that, None where they do."""
 
     recipe: Recipe
     trainer: Trainer
@@ -53,6 +56,7 @@ class Job:
     train: Side
     evaluation: Side
     notes: tuple[str, ...] = ()
+    unshared: str | None = None
 
 
 def _silently(_: str, __: str) -> None:
@@ -95,6 +99,7 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
             "sets one"
         )
     objective = NextToken(router)
+    unshared = why_unshared(model, router)
     held_out = recipe.evaluation
     trainer = Trainer(
         model=model,
@@ -103,6 +108,7 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
         schedule=with_warmup(shape, steps, recipe.schedule.warmup, recipe.schedule.warmup_from),
         documents=train.documents,
         stream=stream,
+        shares=unshared is None,
         clip=recipe.train.clip,
         preflight=Preflight(loaded),
         evaluator=Evaluator(evaluation.documents, recipe.train.tokens_per_micro_batch, objective, evaluation.by_source),
@@ -115,7 +121,18 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
         failures=folder,
     )
     torch.manual_seed(recipe.train.seed)
-    return Job(recipe, trainer, loaded, train, evaluation, tuple(notes))
+    return Job(recipe, trainer, loaded, train, evaluation, tuple(notes), unshared)
+
+
+def why_unshared(model: CausalLM, router: Router | None) -> str | None:
+    """Why documents that begin alike must not share the computation of that, or None where they may."""
+    if not is_on("shared_prefixes"):
+        return "turned off by TRUETUNE_OFF"
+    if router is not None:
+        return "the router loss is one of each document"
+    if any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
+        return "dropout is another in each document"
+    return sharing_disproof(model.hf, model.tail.decoder, model.route)
 
 
 def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:

@@ -120,7 +120,8 @@ def environment(job: Job) -> dict[str, Any]:
 
 def _compiled() -> str:
     """The kernels that were compiled for this processor and are used."""
-    return ", ".join(name for name in FAST_PATHS if is_on(name) and kernels()) or "torch"
+    native = [name for name in FAST_PATHS if name.startswith("native_")]
+    return ", ".join(name for name in native if is_on(name) and kernels()) or "torch"
 
 
 def cpu_name() -> str:
@@ -145,6 +146,7 @@ def model_facts(job: Job) -> dict[str, Any]:
         "precision": str(model.dtype).removeprefix("torch."),
         "route": model.route.name,
         "route_reason": model.route.reason,
+        "unshared": job.unshared,
         "notes": list(job.notes),
         "template_sha256": job.train.report.template,
         "license": None,

@@ -289,13 +289,15 @@ def _result(facts: Facts) -> dict[str, Any]:
     before = last = best = None
     keeps_best = facts.values["recipe"]["checkpoint"]["keep_best"]
     steps, memory = 0, 0
-    totals: dict[str, float] = dict.fromkeys(("tokens", "targets", "seconds"), 0)
+    totals: dict[str, float] = dict.fromkeys(("tokens", "targets", "tokens_once", "targets_once", "seconds"), 0)
     with (facts.file.parent / "metrics.jsonl").open(encoding="utf-8") as lines:
         for record in map(json.loads, lines):  # one at a time: a long run has more than should be held at once
             match record["kind"]:
                 case "step":
                     steps, memory = record["step"], max(memory, record["memory"])
-                    totals = {key: total + record[key] for key, total in totals.items()}
+                    for key in totals:
+                        once = record.get(key)  # None in older records, which shared nothing
+                        totals[key] += record[key.removesuffix("_once")] if once is None else once
                 case "evaluation" if record["step"]:
                     last, best = record, record if record["best"] else best
                 case "evaluation":
@@ -309,8 +311,8 @@ def _result(facts: Facts) -> dict[str, Any]:
         "steps": steps,
         **totals,
         "peak_memory": memory,
-        "tokens_per_second": totals["tokens"] / totals["seconds"] if quoted else None,
-        "targets_per_second": totals["targets"] / totals["seconds"] if quoted else None,
+        "tokens_per_second": totals["tokens_once"] / totals["seconds"] if quoted else None,
+        "targets_per_second": totals["targets_once"] / totals["seconds"] if quoted else None,
     }
 
 

@@ -41,6 +41,9 @@ def library(request: pytest.FixtureRequest, libraries: dict[str, Any]) -> Any:
         (LONG, HEADS[0], {}),
         ((20, 1400, 5), (2, 1, 8, 8), {}),  # so long that its gradients add up from parts
         ((20, 1400, 5), (2, 1, 8, 8), {"window": 600}),
+        *(((8, 20, 100), HEADS[0], options | {"key_lengths": (8, 83, 330)}) for options in ({}, *OPTIONS)),
+        ((20, 700, 0), (2, 1, 8, 8), {"key_lengths": (20, 1399, 5)}),
+        ((20, 201, 5), (2, 1, 8, 8), {"window": 600, "key_lengths": (620, 1400, 5)}),
     ],
     ids=str,
 )

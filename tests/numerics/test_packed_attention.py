@@ -112,6 +112,26 @@ def test_no_worse_than_eager_document_by_document(
         no_worse(name, ours[name], plain[name], truth[name], dtype)
 
 
+@pytest.mark.parametrize("op", [packed_attention, packed_attention.reference], ids=["fast", "reference"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_fewer_queries_than_keys_are_the_last_of_their_documents(
+    options: dict[str, Any], op: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SMALLEST_BLOCK", 6)
+    options = dict(options)
+    key_lengths, lengths = (7, 33, 1, 18), (7, 14, 1, 1)
+    asked = torch.cat([torch.arange(s) >= s - n for s, n in zip(key_lengths, lengths, strict=True)])
+    tensors = inputs((6, 2, 16, 16), len(asked), torch.float64, options.pop("sinks", False))
+    cotangent = torch.randn(6, int(asked.sum()), 16).double()
+    whole = torch.zeros(6, len(asked), 16).double()
+    whole[:, asked] = cotangent
+    truth = results(eager, tensors, key_lengths, whole, **options)
+    fewer = [tensors[0].detach()[:, asked].requires_grad_(), *tensors[1:]]
+    ours = results(op, fewer, lengths, cotangent, key_lengths=key_lengths, **options)
+    for name, expected in truth.items():
+        torch.testing.assert_close(ours[name], expected[:, asked] if name in ("out", "q") else expected)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_stranger_in_the_pack_changes_nothing(options: dict[str, Any]) -> None:
     options = dict(options)
@@ -187,3 +207,7 @@ def test_wrong_shapes_are_refused(op: Callable[..., Tensor]) -> None:
         op(q, k, v, (5, 6), SCALE)
     with pytest.raises(ValueError, match="2 key heads do not divide 3 query heads"):
         op(q[:3], k, v, (5, 7), SCALE)
+    with pytest.raises(ValueError, match="11, but there are 12 tokens"):
+        op(q, k, v, (5, 7), 0.3, key_lengths=(5, 6))
+    with pytest.raises(ValueError, match="more queries than keys"):
+        op(q, k, v, (5, 7), 0.3, key_lengths=(7, 5))

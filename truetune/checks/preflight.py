@@ -50,6 +50,8 @@ class Preflight:
                 verdicts += moved(trainer, documents)
                 verdicts += parity(trainer.model, trainer, documents)
                 verdicts += neighbours(trainer.model, trainer, documents)
+                if any(batch.shared for batch in trainer.batches(0)):
+                    verdicts += shared_prefix(trainer.model, trainer, documents)
         return Checks(trainer.step, tuple(verdicts), self.shown(documents[0]))
 
     def shown(self, document: Document) -> str:
@@ -239,25 +241,37 @@ def neighbours(model: CausalLM, trainer: Trainer, documents: Sequence[Document])
         worst_loss = max(worst_loss, off(got, loss))
         worst_gradient = max(worst_gradient, distance(g, gradient))
     advice = "documents leak into each other; please report the model's config"
+    return _unchanged("neighbours do not change my", model.dtype, worst_loss, worst_gradient, advice)
+
+
+def shared_prefix(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
+    """Loss and gradient of two documents that begin alike, that beginning computed once, against computed twice."""
+    first, rest = documents[0], documents[1]
+    last = replace(rest, tokens=np.random.default_rng(0).permutation(rest.tokens))
+    pair = [
+        Document(np.append(first.tokens, d.tokens), np.append(first.targets, d.targets), first.row)
+        for d in (rest, last)
+    ]
+    model.eval()
+    loss, gradient = _mine(model, trainer, pair)
+    got, g = _mine(model, trainer, pair, shares=True)
+    advice = "set TRUETUNE_OFF=shared_prefixes to train without it, and please report the model's config"
+    return _unchanged("shared prefixes do not change the", model.dtype, off(got, loss), distance(g, gradient), advice)
+
+
+def _unchanged(what: str, dtype: torch.dtype, loss: float, gradient: float, advice: str) -> list[Verdict]:
+    figures = (("loss", loss, LOSS_BOUND[dtype]), ("gradient", gradient, GRADIENT_BOUND[dtype]))
     return [
-        Verdict(
-            "neighbours do not change my loss",
-            worst_loss <= LOSS_BOUND[model.dtype],
-            f"{worst_loss:.1e} relative, bound {LOSS_BOUND[model.dtype]:.0e}",
-            advice,
-        ),
-        Verdict(
-            "neighbours do not change my gradient",
-            worst_gradient <= GRADIENT_BOUND[model.dtype],
-            f"{worst_gradient:.1e} relative, bound {GRADIENT_BOUND[model.dtype]:.0e}",
-            advice,
-        ),
+        Verdict(f"{what} {name}", found <= bound, f"{found:.1e} relative, bound {bound:.0e}", advice)
+        for name, found, bound in figures
     ]
 
 
-def _mine(model: CausalLM, trainer: Trainer, pack: Sequence[Document]) -> tuple[float, list[Tensor | None]]:
+def _mine(
+    model: CausalLM, trainer: Trainer, pack: Sequence[Document], shares: bool = False
+) -> tuple[float, list[Tensor | None]]:
     trainer.model.zero_grad(set_to_none=True)
-    loss = float(accumulate(model, trainer.objective, [Batch.of(pack, model.device)]))
+    loss = float(accumulate(model, trainer.objective, [Batch.of(pack, model.device, shares)]))
     return loss, [None if p.grad is None else p.grad.clone() for p in model.trainable().values()]
 
 

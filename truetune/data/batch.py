@@ -4,7 +4,11 @@ A batch is flat: its documents stand end to end, positions restart at every docu
 padding. Labels are already shifted: the label of a position is the next token of the *same* document,
 so that no label ever crosses a border between documents.
 
-Shape suffixes: T tokens of the batch, L tokens of one document.
+Documents that begin alike may share rows: a token stands in the batch once for all that have the same tokens up to it
+and the same one after it. Its row has one hidden state and one label for all of them; weights add up.
+
+Shape suffixes: T tokens (rows) of the batch, L tokens of one document, S tokens of all documents, shared ones counted
+for each.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 """Label of a position that has nothing to learn (the value that torch's losses ignore)."""
+SHORTEST = 16
+"""Tokens that a shared prefix has at least: below, the bookkeeping is not worth it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,15 @@ class Document:
     def target_count(self) -> int:
         return int(self.targets.sum())
 
+    def common(self, other: Document) -> int:
+        """Positions, from the first on, at which both have the same token before the same next one, or the same end;
+        0 for fewer than ``SHORTEST``."""
+        shorter = min(len(self), len(other))
+        differs = self.tokens[:shorter] != other.tokens[:shorter]
+        same = int(differs.argmax()) if differs.any() else shorter
+        same -= not len(self) == len(other) == same
+        return same if same >= SHORTEST else 0
+
     def part(self, start: int, stop: int) -> Document:
         """The tokens from ``start`` to before ``stop`` as a document; its first token can be no target."""
         targets = self.targets[start:stop].copy()
@@ -61,14 +76,29 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Which rows of a batch its documents share.
+
+    rows:    int64 [S]; where the tokens of the documents stand, document after document.
+    lengths: tokens of each document, shared ones among them; they add up to S.
+    times:   int64 [T]; how many documents have the label of a row among their targets.
+    """
+
+    rows: np.ndarray
+    lengths: tuple[int, ...]
+    times: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Documents end to end.
 
     tokens:    int64 [T].
     labels:    int64 [T], shifted; ``IGNORE`` where the next token is no target.
-    positions: int64 [T], restarting at 0 in every document.
-    lengths:   tokens of each document, on the host; they add up to T.
+    positions: int64 [T], those of the documents alone.
+    lengths:   rows that each document adds, on the host; they add up to T. All of its tokens, unless it shares some.
     weights:   float32 [T], of the labels; 0 where there is none. None: every label counts 1.
+    shared:    None: no row belongs to two documents.
     """
 
     tokens: Tensor
@@ -76,28 +106,51 @@ class Batch:
     positions: Tensor
     lengths: tuple[int, ...]
     weights: Tensor | None = None
+    shared: Shared | None = None
 
     @classmethod
-    def of(cls, documents: Sequence[Document], device: torch.device | str = "cpu") -> Batch:
-        """Lay the documents end to end on ``device``."""
+    def of(cls, documents: Sequence[Document], device: torch.device | str = "cpu", shares: bool = False) -> Batch:
+        """Lay the documents end to end on ``device``; shares: what each has in common with the one before it, once."""
         import torch  # here, since processes that make documents alone start sooner without it
 
-        tokens = np.concatenate([d.tokens for d in documents]).astype(np.int64)
-        labels = np.full(len(tokens), IGNORE, dtype=np.int64)
-        weighed = any(d.weights is not None for d in documents)
-        weights = np.zeros(len(tokens), dtype=np.float32) if weighed else None
-        start = 0
-        for d in documents:
-            end = start + len(d)
-            labels[start : end - 1] = np.where(d.targets[1:], d.tokens[1:], IGNORE)
-            if weights is not None:
-                weights[start : end - 1] = np.where(d.targets[1:], 1 if d.weights is None else d.weights[1:], 0)
-            start = end
-        positions = np.concatenate([np.arange(len(d), dtype=np.int64) for d in documents])
+        places: list[np.ndarray] = []  # the rows of each document
+        lengths, size = [], 0
+        for i, d in enumerate(documents):
+            common = d.common(documents[i - 1]) if shares and i else 0
+            own = np.arange(size, size + len(d) - common)
+            places.append(np.concatenate([places[-1][:common], own]) if common else own)
+            lengths.append(len(own))
+            size += len(own)
+        tokens, positions, times = (np.zeros(size, dtype=np.int64) for _ in range(3))
+        labels, weights = np.full(size, IGNORE, dtype=np.int64), np.zeros(size, dtype=np.float32)
+        for d, rows in zip(documents, places, strict=True):
+            tokens[rows], positions[rows] = d.tokens, np.arange(len(d))
+            learned, targets = rows[:-1][d.targets[1:]], d.targets[1:]
+            labels[learned] = d.tokens[1:][targets]
+            weights[learned] += 1 if d.weights is None else d.weights[1:][targets]
+            times[learned] += 1
+        weighed = any(d.weights is not None for d in documents) or bool((times > 1).any())
+        every = np.concatenate(places)
         return cls(
             torch.from_numpy(tokens).to(device),
             torch.from_numpy(labels).to(device),
             torch.from_numpy(positions).to(device),
-            tuple(len(d) for d in documents),
-            None if weights is None else torch.from_numpy(weights).to(device),
+            tuple(lengths),
+            torch.from_numpy(weights).to(device) if weighed else None,
+            None if len(every) == size else Shared(every, tuple(map(len, documents)), times),
         )
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of the documents; a shared one counts for each."""
+        return len(self.tokens) if self.shared is None else len(self.shared.rows)
+
+    @property
+    def targets(self) -> Tensor:
+        """The tokens that the documents are to predict, int64 [N]; a shared one stands here for each."""
+        import torch
+
+        chosen = self.labels != IGNORE
+        if self.shared is None:
+            return self.labels[chosen]
+        return self.labels.repeat_interleave(torch.from_numpy(self.shared.times).to(self.labels.device))

@@ -7,8 +7,9 @@ blocks of queries, each with only the keys it can see. Soft cap (Gemma 2) and si
 in torch and run as explicit fp32 softmax.
 
 Left out: bidirectional and chunked attention, keys from a cache.
-Shape suffixes: H query heads, K key heads (K divides H), T tokens of the pack, L of one document, B of one
-block of queries, S keys that a block can see, d size of a query head, e of a value head.
+Shape suffixes: H query heads, K key heads (K divides H), T tokens of the pack, B of one block of queries, S keys that
+a block can see, d size of a query head, e of a value head. Where documents have more keys than queries, T of keys and
+values is their own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def packed_attention(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
     dropout: float = 0.0,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v within each of the documents of ``lengths`` -> out_HTe.
 
@@ -45,15 +47,19 @@ def packed_attention(
     softcap: scores become softcap * tanh(score / softcap).
     sinks_H: one more logit per head in the softmax's denominator, which carries no value.
     dropout: probability with which an attention weight is zeroed (the rest is scaled up).
-    Raises ValueError if the lengths do not add up to T or K does not divide H.
+    key_lengths: keys of each document, where it has more of them than queries, which then are of its last tokens.
+    Raises ValueError if lengths do not add up to T, a document has more queries than keys, or K does not divide H.
     """
-    check(q_HTd, k_KTd, lengths)
-    document_T = torch.repeat_interleave(torch.tensor(lengths)).to(q_HTd.device)
-    position_T = torch.arange(len(document_T), device=q_HTd.device)
-    seen_TT = (document_T[:, None] == document_T) & (position_T[:, None] >= position_T)
+    check(q_HTd, k_KTd, lengths, key_lengths)
+    key_lengths = key_lengths or lengths
+    ends = torch.tensor(key_lengths).cumsum(0)
+    first_T = torch.repeat_interleave(ends - torch.tensor(key_lengths), torch.tensor(lengths))  # key that a query sees
+    last_T = torch.cat([torch.arange(end - n, end) for end, n in zip(ends.tolist(), lengths, strict=True)])
     if window is not None:
-        seen_TT &= position_T[:, None] - position_T < window
-    return _explicit(q_HTd, k_KTd, v_KTe, seen_TT, scale, softcap, sinks_H, dropout)
+        first_T = torch.maximum(first_T, last_T - window + 1)
+    key_T = torch.arange(sum(key_lengths))
+    seen_TT = (first_T[:, None] <= key_T) & (key_T <= last_T[:, None])
+    return _explicit(q_HTd, k_KTd, v_KTe, seen_TT.to(q_HTd.device), scale, softcap, sinks_H, dropout)
 
 
 @packed_attention.on("cpu")
@@ -67,12 +73,13 @@ def _native(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
     dropout: float = 0.0,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
     dtype = compute_dtype(q_HTd, k_KTd)
     if sinks_H is not None or dropout or not attends(dtype, q_HTd.shape[-1], v_KTe.shape[-1]):
-        return by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout)
-    check(q_HTd, k_KTd, lengths)
-    return attention(q_HTd.to(dtype), k_KTd.to(dtype), v_KTe.to(dtype), lengths, scale, window, softcap)
+        return by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout, key_lengths)
+    check(q_HTd, k_KTd, lengths, key_lengths)
+    return attention(q_HTd.to(dtype), k_KTd.to(dtype), v_KTe.to(dtype), lengths, scale, window, softcap, key_lengths)
 
 
 @packed_attention.on("cuda")
@@ -86,8 +93,10 @@ def by_document(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
     dropout: float = 0.0,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
-    check(q_HTd, k_KTd, lengths)
+    check(q_HTd, k_KTd, lengths, key_lengths)
+    key_lengths = key_lengths or lengths
     if sinks_H is not None:  # so that the parts of its gradient, one per block, add up in fp32
         sinks_H = sinks_H.to(statistics_dtype(sinks_H.dtype))
 
@@ -99,23 +108,29 @@ def by_document(
 
     outputs = []
     # split, not slices: its backward joins the gradients once instead of padding each to the whole pack.
-    for q, k, v in zip(*(x.split(lengths, dim=1) for x in (q_HTd, k_KTd, v_KTe)), strict=True):
-        length = q.shape[1]
+    parts = zip((q_HTd, k_KTd, v_KTe), (lengths, key_lengths, key_lengths), strict=True)
+    for q, k, v in zip(*(x.split(n, dim=1) for x, n in parts), strict=True):
+        length = k.shape[1]
+        before = length - q.shape[1]
         if window is None or window >= length:
             outputs.append(attend(q, k, v))
             continue
         block = max(window, SMALLEST_BLOCK)
-        for start in range(0, length, block):
+        for start in range(before, length, block):
             first, end = max(0, start - window + 1), min(start + block, length)
-            outputs.append(attend(q[:, start:end], k[:, first:end], v[:, first:end], window))
+            outputs.append(attend(q[:, start - before : end - before], k[:, first:end], v[:, first:end], window))
     return torch.cat(outputs, dim=1)
 
 
-def check(q_HTd: Tensor, k_KTd: Tensor, lengths: tuple[int, ...]) -> None:
+def check(q_HTd: Tensor, k_KTd: Tensor, lengths: tuple[int, ...], key_lengths: tuple[int, ...] | None = None) -> None:
     """Raises ValueError for shapes that do not fit."""
-    heads, tokens, _ = q_HTd.shape
-    if sum(lengths) != tokens:
-        raise ValueError(f"lengths add up to {sum(lengths)}, but there are {tokens} tokens; pass both in full")
+    heads = len(q_HTd)
+    key_lengths = key_lengths or lengths
+    for tokens, found in ((q_HTd.shape[1], lengths), (k_KTd.shape[1], key_lengths)):
+        if sum(found) != tokens:
+            raise ValueError(f"lengths add up to {sum(found)}, but there are {tokens} tokens; pass both in full")
+    if len(lengths) != len(key_lengths) or any(n > s for n, s in zip(lengths, key_lengths, strict=True)):
+        raise ValueError("a document has more queries than keys; its queries are those of its last keys")
     if heads % k_KTd.shape[0]:
         raise ValueError(f"{k_KTd.shape[0]} key heads do not divide {heads} query heads; check the shapes")
 
@@ -135,7 +150,9 @@ def _fused(q_HBd: Tensor, k_KSd: Tensor, v_KSe: Tensor, window: int | None, scal
         v_KSe = F.pad(v_KSe, (0, missing))
     elif missing < 0:
         q_HBd, k_KSd = F.pad(q_HBd, (0, -missing)), F.pad(k_KSd, (0, -missing))
-    mask = None if window is None else _seen(q_HBd.shape[1], k_KSd.shape[1], window, q_HBd.device)
+    queries, keys = q_HBd.shape[1], k_KSd.shape[1]
+    # Without a mask torch lets the first query see the first key alone.
+    mask = None if window is None and queries == keys else _seen(queries, keys, window, q_HBd.device)
     dtype = compute_dtype(q_HBd, k_KSd)
     short = dtype == torch.bfloat16 and q_HBd.device.type == "cpu" and q_HBd.shape[1] < SHORT
     q_HBd, k_KSd, v_KSe = (x.to(torch.float32 if short else dtype) for x in (q_HBd, k_KSd, v_KSe))

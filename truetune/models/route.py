@@ -6,7 +6,8 @@
 The proof that a route is right is made on a small random copy of the model: packed documents must give
 the hidden states and the parameter gradients that each document gives alone under the model's own eager
 attention. Windows and position limits of the copy are shrunk below the length of its documents, so that a
-lost sliding window or a position scaling that leaks from a long neighbour is seen.
+lost sliding window or a position scaling that leaks from a long neighbour is seen. That documents may share the
+rows of what they begin with is proven likewise.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from truetune.data.batch import Batch
+from truetune.data.batch import SHORTEST, Batch, Document
 from truetune.errors import UserError
 from truetune.kernels.attention import packed_attention
+from truetune.kernels.pieces import Ranges, pieces
 from truetune.models.load import quiet
 from truetune.models.small import scaling_begins, small_copy
 
@@ -31,9 +34,28 @@ TOLERANCE = 1e-4  # relative; fp32 noise is 1e-6, the mildest leak seen in a pub
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The documents of the pack, handed through the model to every attention layer."""
+    """The documents of the pack, handed through the model to every attention layer.
+
+    lengths:     rows of each document that has any of its own.
+    ranges:      the rows of all their tokens, shared ones too, where documents share rows; else None.
+    key_lengths: tokens of each of these documents, with ``ranges``.
+    """
 
     lengths: tuple[int, ...]
+    ranges: Ranges | None = None
+    key_lengths: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, batch: Batch) -> Documents:
+        if batch.shared is None:
+            return cls(batch.lengths)
+        ends = np.cumsum(batch.shared.lengths)[:-1]
+        own = [(n, rows) for n, rows in zip(batch.lengths, np.split(batch.shared.rows, ends), strict=True) if n]
+        rows = np.concatenate([rows for _, rows in own])
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+        stops = np.append(starts[1:], len(rows)) - 1
+        ranges = tuple(zip(rows[starts].tolist(), (rows[stops] + 1).tolist(), strict=True))
+        return cls(tuple(n for n, _ in own), ranges, tuple(len(rows) for _, rows in own))
 
 
 def _attention(
@@ -54,16 +76,20 @@ def _attention(
     """transformers' attention interface: query [1, H, T, d] -> ([1, T, H, d], no weights)."""
     if documents is None:
         raise RuntimeError("packed attention was called without its documents; use CausalLM.as_published")
+    keys, values = key[0], value[0]
+    if documents.ranges:
+        keys, values = pieces(keys, documents.ranges), pieces(values, documents.ranges)
     out = packed_attention(
         query[0],
-        key[0],
-        value[0],
+        keys,
+        values,
         documents.lengths,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
         sinks_H=s_aux,
         dropout=dropout,
+        key_lengths=documents.key_lengths,
     )
     return out.transpose(0, 1)[None], None
 
@@ -100,8 +126,9 @@ def _flat(decoder: nn.Module, batch: Batch, router: bool = False) -> States:
         position_ids=batch.positions[None],
         attention_mask=None,
         use_cache=False,
-        documents=Documents(batch.lengths),
-        # Recurrent layers that know transformers' own spelling isolate by it or refuse; none ignores ours.
+        documents=Documents.of(batch),
+        # Recurrent layers that know transformers' own spelling isolate by it or refuse; none ignores ours. Where
+        # documents share rows it isolates what each adds, so that the proof refuses to share among such layers.
         cu_seq_lens_q=cumulative,
         cu_seq_lens_k=cumulative,
         max_length_q=longest,
@@ -113,6 +140,8 @@ def _flat(decoder: nn.Module, batch: Batch, router: bool = False) -> States:
 
 
 def _alone(decoder: nn.Module, batch: Batch, router: bool = False) -> States:
+    if batch.shared is not None:
+        raise ValueError("documents that run one at a time share no rows; lay them out with shares=False")
     return _joined([_one(decoder, tokens, router) for tokens in batch.tokens.split(batch.lengths)])
 
 
@@ -172,20 +201,45 @@ def choose_route(model: PreTrainedModel, decoder: str, longest: int | None = Non
 
 def disproof(model: PreTrainedModel, decoder: str, route: Route) -> str | None:
     """Why ``route`` is not right for models like ``model``, or None when it is."""
+    lengths = (7, 1, 13, 10, 4)
+    tokens = torch.randint(3, 60, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens, tokens, torch.cat([torch.arange(n) for n in lengths]), lengths)
+    return _disproof(model, decoder, route, batch, route.states, "packed" if route.attention else "other")
+
+
+def sharing_disproof(model: PreTrainedModel, decoder: str, route: Route) -> str | None:
+    """Why documents that begin alike must not share rows in training, or None where they may."""
+    if route.attention is None:
+        return "documents run one at a time"
+    one, other = np.random.default_rng(0).integers(3, 60, (2, SHORTEST + 19), dtype=np.int32)
+    deep, whole = SHORTEST + 7, SHORTEST + 12
+    tokens = [one, one[:whole], np.append(one[:deep], other[:3]), np.append(one[: SHORTEST + 1], other), other[:9], one]
+    order = (1, 0, 5, 2, 3, 4)  # a whole prefix, the same twice, and three that leave it earlier and earlier
+    documents = [Document(tokens[i], np.arange(len(tokens[i])) > 0) for i in order]
+    shared = Batch.of(documents, shares=True)
+    assert shared.shared is not None and len(set(shared.shared.rows)) < len(shared.shared.rows)
+    rows = torch.from_numpy(shared.shared.rows)
+
+    def states(decoder: nn.Module, _batch: Batch, router: bool = False) -> States:
+        return States(route.states(decoder.train(), shared, router).hidden[rows])  # as in training, with its dropout
+
+    return _disproof(model, decoder, route, Batch.of(documents), states, "shared beginnings of")
+
+
+def _disproof(
+    model: PreTrainedModel, decoder: str, route: Route, batch: Batch, states: Callable[..., States], what: str
+) -> str | None:
+    """How ``states`` of a small copy differ from those of the documents alone, or None."""
     begins = scaling_begins(model.config)
     cross = route.longest is None or begins is None or route.longest > begins
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         try:
             small = small_copy(model, cross=cross)
-            lengths = (7, 1, 13, 10, 4)
-            tokens = torch.randint(3, 60, (sum(lengths),))
-            positions = torch.cat([torch.arange(n) for n in lengths])
-            batch = Batch(tokens, tokens, positions, lengths)
             small.set_attn_implementation("eager")
             truth = _observe(small, decoder, _backwards, batch)
             small.set_attn_implementation(route.attention or "eager")
-            got = _observe(small, decoder, route.states, batch)
+            got = _observe(small, decoder, states, batch)
         except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
             # Any failure to make the proof is a reason to take the slower route, and is shown to the user.
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
@@ -195,7 +249,7 @@ def disproof(model: PreTrainedModel, decoder: str, route: Route) -> str | None:
         scale = max(float(value.abs().max()), floor)
         difference = float((got[name] - value).abs().max()) / scale if name in got else float("inf")
         if not difference <= TOLERANCE:
-            return f"{'other' if route.attention is None else 'packed'} documents change {name} by {difference:.1e}"
+            return f"{what} documents change {name} by {difference:.1e}"
     return None
 
 

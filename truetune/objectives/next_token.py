@@ -31,6 +31,9 @@ class NextToken:
         return float(batch.weights.double().sum())
 
     def __call__(self, model: CausalLM, batch: Batch) -> Terms:
+        """Raises ValueError for a router loss of documents that share rows."""
+        if self.router and batch.shared is not None:
+            raise ValueError("a router loss is one of each document, so they share no rows; lay them out apart")
         chosen = batch.labels != IGNORE
         with model.autocast():
             states = model.states(batch, router=True) if self.router else States(model(batch))

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from truetune.checks.preflight import restored
-from truetune.data.batch import IGNORE
 from truetune.data.sources import canonical
 from truetune.data.stream import Stream
 from truetune.promises.ground import Ground, written
@@ -100,8 +99,8 @@ def _labels(trainer: Trainer, faults: list[str]) -> tuple[int, int]:
         documents = [trainer.documents[i] for i in trainer.stream.step(step)]
         wanted = np.sort(np.concatenate([d.tokens[d.targets] for d in documents]))
         batches = trainer.batches(step)
-        found = torch.cat([b.labels[b.labels != IGNORE] for b in batches]).sort().values.cpu().numpy()
-        if sum(len(b.tokens) for b in batches) != sum(map(len, documents)) or not np.array_equal(wanted, found):
+        found = torch.cat([b.targets for b in batches]).sort().values.cpu().numpy()
+        if sum(b.token_count for b in batches) != sum(map(len, documents)) or not np.array_equal(wanted, found):
             faults.append(f"the batches of step {step + 1} hold {len(found):,} labels of {len(wanted):,} targets")
             break
         labels += len(found)

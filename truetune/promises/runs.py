@@ -159,11 +159,14 @@ def speed(ground: Ground) -> Verdict:
         counted = (sum(map(len, documents)), sum(d.target_count for d in documents))
         if counted != (step["tokens"], step["targets"]):
             faults.append(f"step {step['step']} claims {step['tokens']} tokens, {step['targets']} targets of {counted}")
+        computed = sum(len(b.tokens) for b in trainer.batches(step["step"] - 1))
+        if computed != step["tokens_once"]:
+            faults.append(f"step {step['step']} claims {step['tokens_once']} tokens once, and computed {computed}")
     claimed = sum(r.seconds for r in ground.records if isinstance(r, Step))
     if not 0.5 * ground.seconds < claimed <= ground.seconds:
         faults.append(f"the steps claim {claimed:.2f} s where another clock measured {ground.seconds:.2f} s")
-    rates = [s["tokens"] / s["seconds"] for s in steps]
-    targets = median(s["targets"] / s["seconds"] for s in steps)
+    rates = [s["tokens_once"] / s["seconds"] for s in steps]
+    targets = median(s["targets_once"] / s["seconds"] for s in steps)
     figure = (
         f"{median(rates):,.0f} useful tokens/s (median of {len(rates)} steps, {min(rates):,.0f} to {max(rates):,.0f}), "
         f"{targets:,.0f} targets/s; every token counted once"

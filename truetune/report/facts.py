@@ -63,6 +63,7 @@ def throughput(run: Run) -> str:
 def totals(run: Run) -> list[Row]:
     """What was trained, in what time, on what."""
     tokens, targets, seconds = (run.total(name) for name in ("tokens", "targets", "seconds"))
+    once = run.get("result.tokens_once")
     cores, memory = run.get("environment.cores"), run.get("environment.memory_bytes")
     device = run.get("environment.device")
     machine = (
@@ -73,6 +74,7 @@ def totals(run: Run) -> list[Row]:
     )
     return _rows(
         ("Tokens trained", tokens, count),
+        ("Computed, shared prefixes once", None if once == tokens else once, count),
         ("Target tokens", targets, partial(_part, whole=tokens)),
         ("Time in steps" if run.get("result.seconds") is None else "Time", seconds, duration),
         ("Throughput", throughput(run), str),

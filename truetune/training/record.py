@@ -52,9 +52,10 @@ class Step:
     rate the learning rate of the group that is furthest from its plan (else of the
     fastest), as the optimizer used it, and planned what
     the schedule says it should be; seconds the wall time of the step;
-    memory the resident bytes of the process; tokens_per_second counts real tokens (nothing is padding)
-    and is None once a check has failed; router_loss is what the objective adds to ``loss`` for the balance of
-    experts, None where it adds nothing.
+    memory the resident bytes of the process; tokens and targets are those of the step's documents, tokens_once and
+    targets_once the same with shared prefixes counted once, as they were computed (None in older records, which shared
+    nothing); tokens_per_second counts tokens_once (nothing is padding) and is None once a check has failed;
+    router_loss is what the objective adds to ``loss`` for the balance of experts, None where it adds nothing.
     """
 
     kind: ClassVar[str] = "step"
@@ -72,6 +73,12 @@ class Step:
     tokens_per_second: float | None
     router_loss: float | None = None
     gradient_norm_l1: float | None = None
+    tokens_once: int | None = None
+    targets_once: int | None = None
+
+    @property
+    def computed(self) -> int:
+        return self.tokens if self.tokens_once is None else self.tokens_once
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from truetune.data.batch import IGNORE, Batch, Document
+from truetune.data.prefixes import packed_by_prefix
 from truetune.data.stream import Stream
 from truetune.errors import UserError
 from truetune.models.wrap import CausalLM
@@ -54,6 +55,7 @@ class Trainer:
     schedule: step (from 0) -> factor on the peak rates of the optimizer's groups. Where it is at an end (``Staged``)
               the run is evaluated and saved, and that checkpoint stays.
     stream:   which documents make up which step.
+    shares:   whether documents of a micro-batch that begin alike share the rows of that, where it pays.
     preflight: checks made before the first step, or None.
     evaluate_every, save_every: steps; the last step is always evaluated and saved. save_minutes: the first step that
               ends so long after the last save, or the start, is saved as well.
@@ -70,6 +72,7 @@ class Trainer:
     schedule: Schedule
     documents: Sequence[Document]
     stream: Stream
+    shares: bool = False
     clip: float | None = 1.0
     preflight: Callable[[Trainer], Checks] | None = None
     evaluator: Evaluator | None = None
@@ -164,8 +167,13 @@ class Trainer:
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of ``step``, in order."""
-        device = self.model.device
-        return [Batch.of([self.documents[i] for i in p], device) for p in self.stream.micro_batches(step)]
+        packs, shared = self.stream.micro_batches(step), False
+        if self.shares:
+            members = self.stream.step(step)
+            by_prefix = packed_by_prefix([self.documents[i] for i in members], self.stream.tokens_per_micro_batch)
+            if by_prefix is not None:
+                packs, shared = [[members[i] for i in pack] for pack in by_prefix], True
+        return [Batch.of([self.documents[i] for i in pack], self.model.device, shared) for pack in packs]
 
     def _step(self) -> Step:
         started = time.perf_counter()
@@ -189,7 +197,7 @@ class Trainer:
         self.step += 1
         furthest = max(self.optimizer.param_groups, key=lambda g: (abs(g["lr"] - factor * g["peak"]), g["peak"]))
         seconds = time.perf_counter() - started
-        tokens = sum(len(b.tokens) for b in batches)
+        computed = sum(len(b.tokens) for b in batches)
         return Step(
             step=self.step,
             loss=loss - (router or 0.0),
@@ -198,13 +206,15 @@ class Trainer:
             planned=factor * furthest["peak"],
             gradient_norm=l2,
             gradient_norm_l1=l1,
-            tokens=tokens,
-            targets=sum(int((b.labels != IGNORE).sum()) for b in batches),
+            tokens=sum(b.token_count for b in batches),
+            targets=sum(len(b.targets) for b in batches),
             documents=sum(len(b.lengths) for b in batches),
             micro_batches=len(batches),
             seconds=seconds,
             memory=self._process.memory_info().rss,
-            tokens_per_second=tokens / seconds,
+            tokens_per_second=computed / seconds,
+            tokens_once=computed,
+            targets_once=sum(int((b.labels != IGNORE).sum()) for b in batches),
         )
 
     def _due(self) -> list[str]:
@@ -331,6 +341,9 @@ class Trainer:
             }
             if b.weights is not None:
                 tensors[f"{i}/weights"] = b.weights
+            if b.shared is not None:
+                tensors[f"{i}/shared_rows"] = torch.from_numpy(b.shared.rows)
+                tensors[f"{i}/shared_lengths"] = torch.tensor(b.shared.lengths)
         rows = [self.documents[i].row for i in self.stream.step(self.step)]
         facts = {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}
         weights, state = self.state()

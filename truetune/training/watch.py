@@ -46,10 +46,10 @@ def _alarms(step: Step, history: deque[Step]) -> Iterator[Alarm]:
         yield Alarm(step.step, "wrong rate", message, True)
     if len(history) < HISTORY or step.tokens < median(h.tokens for h in history) / 2:
         return  # too early to know what is usual, or a short last step, which is mostly fixed cost
-    usual = median(h.tokens / h.seconds for h in history)
-    if step.tokens / step.seconds < usual / 3:
+    usual = median(h.computed / h.seconds for h in history)
+    if step.computed / step.seconds < usual / 3:
         message = (
-            f"{step.tokens / step.seconds:.0f} tokens/s after a median of {usual:.0f}; if something else runs here, "
+            f"{step.computed / step.seconds:.0f} tokens/s after a median of {usual:.0f}; if something else runs here, "
             "threads lose less with OMP_WAIT_POLICY=PASSIVE in the environment"
         )
         yield Alarm(step.step, "throughput collapsed", message, False)

@@ -9,6 +9,7 @@
 // Products are of the inputs' dtype, sums and statistics fp32. Work is shared out as items (a document, a key
 // head, a range of its queries or keys), each computed by one thread in one order, and what several items add
 // to is added in the items' order: the result does not depend on the number of threads.
+// A document may have more keys than queries, which then are those of its last tokens.
 // Left out: dropout, sinks, head sizes that are no multiple of 8 or above 256.
 
 #include <ATen/ops/empty.h>
@@ -28,22 +29,35 @@ namespace {
 
 using at::Tensor;
 
-Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef lengths, double scale, Index window,
-               double softcap) {
-  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k and v have to be [heads, tokens, size]");
-  TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "q, k and v differ in dtype");
-  const Index heads = q.size(0), key_heads = k.size(0), tokens = q.size(1), size = q.size(2), values = v.size(2);
-  TORCH_CHECK(k.size(1) == tokens && v.size(1) == tokens && v.size(0) == key_heads && k.size(2) == size,
-              "q, k and v do not fit together");
-  TORCH_CHECK(key_heads > 0 && heads % key_heads == 0, "the key heads do not divide the query heads");
-  for (const Index n : {size, values})
-    TORCH_CHECK(n > 0 && n % 8 == 0 && n <= LARGEST, "a head size has to be a multiple of 8 up to ", LARGEST);
+// Tokens of each document that have a query, and that have a key.
+struct Lengths {
+  at::IntArrayRef queries, keys;
+};
+
+void check_sum(at::IntArrayRef lengths, Index tokens) {
   Index sum = 0;
   for (const Index length : lengths) {
     TORCH_CHECK(length >= 0, "a length is negative");
     sum += length;
   }
   TORCH_CHECK(sum == tokens, "lengths add up to ", sum, ", but there are ", tokens, " tokens");
+}
+
+Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, Lengths lengths, double scale, Index window,
+               double softcap) {
+  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k and v have to be [heads, tokens, size]");
+  TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "q, k and v differ in dtype");
+  const Index heads = q.size(0), key_heads = k.size(0), tokens = q.size(1), size = q.size(2), values = v.size(2);
+  TORCH_CHECK(k.size(1) == v.size(1) && v.size(0) == key_heads && k.size(2) == size,
+              "q, k and v do not fit together");
+  TORCH_CHECK(key_heads > 0 && heads % key_heads == 0, "the key heads do not divide the query heads");
+  for (const Index n : {size, values})
+    TORCH_CHECK(n > 0 && n % 8 == 0 && n <= LARGEST, "a head size has to be a multiple of 8 up to ", LARGEST);
+  check_sum(lengths.queries, tokens);
+  check_sum(lengths.keys, k.size(1));
+  TORCH_CHECK(lengths.queries.size() == lengths.keys.size(), "there are lengths of other documents");
+  for (size_t i = 0; i < lengths.keys.size(); i++)
+    TORCH_CHECK(lengths.queries[i] <= lengths.keys[i], "a document has more queries than keys");
   TORCH_CHECK(window > 0, "window has to be positive");
   const Index widest = std::numeric_limits<int32_t>::max() / 2;
   return {heads, key_heads, tokens, size, values, float(scale), std::min(window, widest), float(softcap)};
@@ -56,30 +70,34 @@ Tensor by_token(Index heads, Index tokens, Index size, const Tensor& like) {
   return at::empty({tokens, heads, size}, like.options()).transpose(0, 1);
 }
 
-// Every document and key head, `range(length)` tokens at a time.
+// Every document and key head, `range(length)` tokens at a time: those with a query (forward), or all (backward).
 template <class Range>
-std::vector<Item> items_of(const Shape& shape, at::IntArrayRef lengths, const Range& range) {
+std::vector<Item> items_of(const Shape& shape, Lengths lengths, bool forward, const Range& range) {
   std::vector<Item> items;
-  Index start = 0;
-  for (const Index length : lengths) {
+  Index start = 0, query = 0;
+  for (size_t i = 0; i < lengths.keys.size(); i++) {
+    const Index length = lengths.keys[i], before = length - lengths.queries[i];
     for (Index head = 0; head < shape.key_heads; head++)
-      for (Index first = 0; first < length; first += range(length))
-        items.push_back({start, length, head, first, std::min(length, first + range(length))});
+      for (Index first = forward ? before : 0; first < length; first += range(length))
+        items.push_back({start, length, before, query - before, head, first, std::min(length, first + range(length))});
     start += length;
+    query += lengths.queries[i];
   }
   return items;
 }
 
 template <class E>
-void run_forward(const Shape& shape, at::IntArrayRef lengths, const Tensor& q, const Tensor& k, const Tensor& v,
+void run_forward(const Shape& shape, Lengths lengths, const Tensor& q, const Tensor& k, const Tensor& v,
                  const Tensor& out, const Tensor& lse) {
   const Forward<E> forward{shape, Heads<E>(q), Heads<E>(k), Heads<E>(v), Heads<E>(out), lse.data_ptr<float>()};
-  const auto items = items_of(shape, lengths, [](Index) { return FORWARD_QUERIES; });
+  const auto items = items_of(shape, lengths, true, [](Index) { return FORWARD_QUERIES; });
   each_item(items, true, forward.bytes(), forward);
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                             at::IntArrayRef lengths, double scale, Index window, double softcap) {
+                                             at::IntArrayRef queries, at::IntArrayRef keys, double scale,
+                                             Index window, double softcap) {
+  const Lengths lengths{queries, keys};
   const Shape shape = shape_of(q, k, v, lengths, scale, window, softcap);
   const Tensor out = by_token(shape.heads, shape.tokens, shape.values, q);
   const Tensor lse = at::empty({shape.heads, shape.tokens}, q.options().dtype(at::kFloat));
@@ -89,9 +107,9 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
 }
 
 template <class E>
-void run_backward(const Shape& shape, at::IntArrayRef lengths, const std::array<Tensor, 8>& t, const Tensor& lse) {
+void run_backward(const Shape& shape, Lengths lengths, const std::array<Tensor, 8>& t, const Tensor& lse) {
   const auto range = [](Index length) { return std::max(BACKWARD_KEYS, up((length + PARTS - 1) / PARTS, KEYS)); };
-  auto items = items_of(shape, lengths, range);
+  auto items = items_of(shape, lengths, false, range);
   Backward<E> backward{shape,          Heads<E>(t[0]), Heads<E>(t[1]), Heads<E>(t[2]), Heads<E>(t[3]),
                        Heads<E>(t[4]), Heads<E>(t[5]), Heads<E>(t[6]), Heads<E>(t[7]), lse.data_ptr<float>()};
   Index longest = 0, numbers = 0;
@@ -102,7 +120,7 @@ void run_backward(const Shape& shape, at::IntArrayRef lengths, const std::array<
     if (item.length <= range(item.length)) continue;
     item.alone = false;
     item.part = numbers;
-    numbers += shape.group() * (backward.last_query(item) - item.first) * shape.size;
+    numbers += shape.group() * backward.query_count(item) * shape.size;
     if (item.first == 0) shared.emplace_back(i, 0);
     shared.back().second++;
   }
@@ -118,13 +136,14 @@ void run_backward(const Shape& shape, at::IntArrayRef lengths, const std::array<
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& out, const Tensor& lse,
-                                                      at::IntArrayRef lengths, double scale, Index window,
-                                                      double softcap) {
+                                                      at::IntArrayRef queries, at::IntArrayRef keys, double scale,
+                                                      Index window, double softcap) {
+  const Lengths lengths{queries, keys};
   const Shape shape = shape_of(q, k, v, lengths, scale, window, softcap);
   TORCH_CHECK(dout.sizes() == out.sizes() && dout.scalar_type() == q.scalar_type(), "the gradient does not fit");
   const Tensor dq = by_token(shape.heads, shape.tokens, shape.size, q);
-  const Tensor dk = by_token(shape.key_heads, shape.tokens, shape.size, q);
-  const Tensor dv = by_token(shape.key_heads, shape.tokens, shape.values, q);
+  const Tensor dk = by_token(shape.key_heads, k.size(1), shape.size, q);
+  const Tensor dv = by_token(shape.key_heads, k.size(1), shape.values, q);
   const auto run = q.scalar_type() == at::kFloat ? run_backward<Fp32> : run_backward<Bf16>;
   run(shape, lengths,
       {rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), out, rows_contiguous(dout), dq, dk, dv}, lse);
@@ -136,11 +155,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
 
 TORCH_LIBRARY(TRUETUNE_LIBRARY, library) {
   library.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, int[] lengths, float scale, int window, float softcap)"
-      " -> (Tensor, Tensor)");
+      "attention_forward(Tensor q, Tensor k, Tensor v, int[] queries, int[] keys, float scale, int window,"
+      " float softcap) -> (Tensor, Tensor)");
   library.def(
-      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] lengths,"
-      " float scale, int window, float softcap) -> (Tensor, Tensor, Tensor)");
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] queries,"
+      " int[] keys, float scale, int window, float softcap) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(TRUETUNE_LIBRARY, CPU, library) {

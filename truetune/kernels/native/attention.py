@@ -39,11 +39,12 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    key_lengths: tuple[int, ...] | None = None,
     library: Any = None,
 ) -> Tensor:
     """``packed_attention`` of tensors of one dtype on the CPU; library: other operations than those of ``kernels``."""
-    everything = max(1, q_HTd.shape[1])
-    options = (lengths, scale, everything if window is None else window, softcap or 0.0)
+    everything = max(1, k_KTd.shape[1])
+    options = (lengths, key_lengths or lengths, scale, everything if window is None else window, softcap or 0.0)
     out: Tensor = _Attention.apply(library or kernels(), options, q_HTd, k_KTd, v_KTe)
     return out
 

@@ -26,7 +26,10 @@ struct Backward {
   Index value_words() const { return shape.values / E::PER_WORD; }
   Index width() const { return up(shape.size, LANES); }
   Index value_width() const { return up(shape.values, LANES); }
+  // The queries that see a key of an item.
+  Index first_query(const Item& item) const { return std::min(last_query(item), std::max(item.first, item.before)); }
   Index last_query(const Item& item) const { return std::min(item.length, item.end - 1 + shape.window); }
+  Index query_count(const Item& item) const { return last_query(item) - first_query(item); }
 
   Index bytes(Index longest) const {
     const Index both = width() + value_width(), slack = 32 * 64;
@@ -128,7 +131,7 @@ struct Backward {
     for (Index c = 0; c < KEYS; c += ROWS) {
       // The rows in which the vector of columns around c was computed: the converse of Columns.
       const Index vector = key + down(c, LANES);
-      const Index first = std::max<Index>(0, vector - query);
+      const Index first = down(std::max<Index>(0, vector - query), ROWS);
       const Index end = std::min(rows, up(std::max<Index>(0, window + vector + LANES - 1 - query), ROWS));
       if (first >= end) continue;
       const Index from = first / E::PER_WORD, steps = (end - first) / E::PER_WORD;
@@ -152,18 +155,18 @@ struct Backward {
     const Index group = shape.group(), last = last_query(item);
     for (Index g = 0; g < group; g++) {
       const Index head = item.key_head * group + g;
-      for (Index query = item.first; query < last; query += QUERIES) {
+      for (Index query = first_query(item); query < last; query += QUERIES) {
         const Index count = std::min(QUERIES, last - query), rows = up(count, ROWS);
-        pack_queries(queries, head, item.start + query, count, rows);
+        pack_queries(queries, head, item.queries + query, count, rows);
         const Index behind = std::max<Index>(0, query - shape.window + 1 - item.first);
         for (Index block = down(behind, KEYS); item.first + block < std::min(item.end, query + rows); block += KEYS)
           attend(queries, keys, scratch, query, rows, item.first + block, block);
         for (Index i = 0; i < count; i++) {
           const float* row = queries.dq + i * width();
           if (item.alone) {
-            store_row<E>(dq.at(head, item.start + query + i), row, shape.scale, shape.size);
+            store_row<E>(dq.at(head, item.queries + query + i), row, shape.scale, shape.size);
           } else {
-            const Index place = g * (last - item.first) + query - item.first + i;
+            const Index place = g * query_count(item) + query - first_query(item) + i;
             std::copy_n(row, shape.size, parts + item.part + place * shape.size);
           }
         }
@@ -178,16 +181,16 @@ struct Backward {
 
   // dQ of one head of a document from the parts that its `count` items left.
   void join(const Item* items, Index count, Index g) const {
-    for (Index query = 0; query < items->length; query++) {
+    for (Index query = items->before; query < items->length; query++) {
       float sum[LARGEST + LANES] = {};
       for (const Item* item = items; item != items + count; item++) {
-        const Index last = last_query(*item);
-        if (query < item->first || query >= last) continue;
-        const float* part = parts + item->part + (g * (last - item->first) + query - item->first) * shape.size;
+        const Index first = first_query(*item);
+        if (query < first || query >= last_query(*item)) continue;
+        const float* part = parts + item->part + (g * query_count(*item) + query - first) * shape.size;
         for (Index c = 0; c < shape.size; c++) sum[c] += part[c];
       }
       const Index head = items->key_head * shape.group() + g;
-      store_row<E>(dq.at(head, items->start + query), sum, shape.scale, shape.size);
+      store_row<E>(dq.at(head, items->queries + query), sum, shape.scale, shape.size);
     }
   }
 };

@@ -70,13 +70,13 @@ struct Forward {
     std::fill_n(sums, group * rows * padded, 0.0f);
     std::fill_n(top, group * rows, std::numeric_limits<float>::lowest());
     std::fill_n(sum, group * rows, 0.0f);
-    const Index head = item.key_head * group, start = item.start;
+    const Index head = item.key_head * group;
     for (Index g = 0; g < group; g++)
-      pack_rows<E>(queries + g * rows * words(), q.at(head + g, start + item.first), q.token, count, rows, shape.size);
+      pack_rows<E>(queries + g * rows * words(), q.at(head + g, item.queries + item.first), q.token, count, rows, shape.size);
     for (Index key = down(std::max<Index>(0, item.first - shape.window + 1), KEYS); key < item.end; key += KEYS) {
       const Index there = std::min(KEYS, item.length - key);
-      pack_transposed<E>(keys, k.at(item.key_head, start + key), k.token, there, shape.size);
-      pack_paired<E>(values, v.at(item.key_head, start + key), v.token, there, KEYS, shape.values);
+      pack_transposed<E>(keys, k.at(item.key_head, item.start + key), k.token, there, shape.size);
+      pack_paired<E>(values, v.at(item.key_head, item.start + key), v.token, there, KEYS, shape.values);
       for (Index r = 0; r < group * rows; r += ROWS) {
         const Index query = item.first + r % rows;
         const Columns columns(query, key, shape.window);
@@ -87,7 +87,7 @@ struct Forward {
     }
     for (Index g = 0; g < group; g++)
       for (Index i = 0; i < count; i++) {
-        const Index r = g * rows + i, token = start + item.first + i;
+        const Index r = g * rows + i, token = item.queries + item.first + i;
         store_row<E>(out.at(head + g, token), sums + r * padded, 1 / sum[r], shape.values);
         lse[(head + g) * shape.tokens + token] = top[r] + std::log2(sum[r]);
       }

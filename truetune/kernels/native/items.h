@@ -16,7 +16,7 @@
 namespace truetune {
 
 struct Shape {
-  Index heads, key_heads, tokens, size, values;  // size of a query head, of a value head
+  Index heads, key_heads, tokens, size, values;  // tokens that have a query; size of a query head, of a value head
   float scale;
   Index window;
   float softcap;  // 0: none
@@ -36,17 +36,19 @@ struct Heads {
   typename E::Element* at(Index h, Index t) const { return first + h * head + t * token; }
 };
 
+// Tokens are counted from the document's start. All have a key, those from `before` on a query.
 struct Item {
-  Index start, length;  // of the document in the pack
+  Index start, length, before;  // start: of the document among the keys
+  Index queries;  // where the document's first token stands, or would stand, among the queries
   Index key_head;
-  Index first, end;  // its queries (forward) or keys (backward), counted from the document's start
+  Index first, end;  // its queries (forward) or keys (backward)
   Index part = 0;  // backward: where its part of dQ begins, if the document has several
   bool alone = true;  // backward: the document has one item per key head
 
   // The pairs of a query and a key, which the time is proportional to, but for the window.
   double pairs(bool forward) const {
     const double n = end - first;
-    return n * (forward ? first + n / 2 : length - first - n / 2);
+    return n * (forward ? first + n / 2 : length - std::max(double(before), first + n / 2));
   }
 };
 

@@ -9,8 +9,8 @@ Saved: the output and one fp32 log-sum-exp per query and head. With P the weight
     dv = P^T dout        ds = P (dout v^T - sum(dout out)) g        dq = scale ds k        dk = scale ds^T q
 
 dk and dv of a key head are summed over its query heads within one program: no atomic additions, so the same result
-every time. Left out, and run by torch: sinks, dropout, and what the table has no row for (fp32 heads above 128 on
-NVIDIA, which would spill registers).
+every time. Left out, and run by torch: sinks, dropout, documents with more keys than queries, and what the table has no
+row for (fp32 heads above 128 on NVIDIA, which would spill registers).
 Shape suffixes: H query heads, K key heads, T tokens, d size of a query head, e of a value head.
 """
 
@@ -259,11 +259,13 @@ def packed_attention(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
     dropout: float = 0.0,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
     dtype = compute_dtype(q_HTd, k_KTd)
     size = max(q_HTd.shape[-1], v_KTe.shape[-1])
-    if sinks_H is not None or dropout or not runs(attention_keys, q_HTd, dtype, size):
-        return by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout)
+    ours = key_lengths is None and sinks_H is None and not dropout and runs(attention_keys, q_HTd, dtype, size)
+    if not ours:
+        return by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout, key_lengths)
     check(q_HTd, k_KTd, lengths)
     q_HTd, k_KTd, v_KTe = (x.to(dtype) for x in (q_HTd, k_KTd, v_KTe))
     out_HTe: Tensor = _Flash.apply(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap)
