@@ -25,6 +25,7 @@ FAST_PATHS = {
     "native_attention": "attention compiled for this processor; without it torch's own",
     "native_cross_entropy": "the loss of a chunk of logits, and its gradient, in one compiled pass",
     "native_pointwise": "norms, rotary positions and gated activations compiled for this processor",
+    "narrow_last_layer": "the last layer computed only where its output is read",
     "shared_prefixes": "tokens with which several documents of a step begin, computed once for all of them",
 }
 """Name of what ``TRUETUNE_OFF`` can turn off -> what it is."""

@@ -24,7 +24,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from truetune.data.batch import SHORTEST, Batch, Document
 from truetune.errors import UserError
 from truetune.kernels.attention import packed_attention
+from truetune.kernels.op import is_on
 from truetune.kernels.pieces import Ranges, pieces
+from truetune.models.last import Reading, narrow
 from truetune.models.load import quiet
 from truetune.models.small import scaling_begins, small_copy
 
@@ -39,23 +41,26 @@ class Documents:
     lengths:     rows of each document that has any of its own.
     ranges:      the rows of all their tokens, shared ones too, where documents share rows; else None.
     key_lengths: tokens of each of these documents, with ``ranges``.
+    reading:     the rows whose hidden states are read, where they are not all.
     """
 
     lengths: tuple[int, ...]
     ranges: Ranges | None = None
     key_lengths: tuple[int, ...] | None = None
+    reading: Reading | None = None
 
     @classmethod
-    def of(cls, batch: Batch) -> Documents:
+    def of(cls, batch: Batch, read: Tensor | None = None) -> Documents:
+        reading = None if read is None or len(read) == len(batch.tokens) else Reading(read, len(batch.tokens))
         if batch.shared is None:
-            return cls(batch.lengths)
+            return cls(batch.lengths, reading=reading)
         ends = np.cumsum(batch.shared.lengths)[:-1]
         own = [(n, rows) for n, rows in zip(batch.lengths, np.split(batch.shared.rows, ends), strict=True) if n]
         rows = np.concatenate([rows for _, rows in own])
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
         stops = np.append(starts[1:], len(rows)) - 1
         ranges = tuple(zip(rows[starts].tolist(), (rows[stops] + 1).tolist(), strict=True))
-        return cls(tuple(n for n, _ in own), ranges, tuple(len(rows) for _, rows in own))
+        return cls(tuple(n for n, _ in own), ranges, tuple(len(rows) for _, rows in own), reading)
 
 
 def _attention(
@@ -76,11 +81,14 @@ def _attention(
     """transformers' attention interface: query [1, H, T, d] -> ([1, T, H, d], no weights)."""
     if documents is None:
         raise RuntimeError("packed attention was called without its documents; use CausalLM.as_published")
-    keys, values = key[0], value[0]
+    reading = documents.reading
+    queries, keys, values = query[0], key[0], value[0]
+    if reading:
+        queries, keys, values = reading.of_all(queries, keys, values)
     if documents.ranges:
         keys, values = pieces(keys, documents.ranges), pieces(values, documents.ranges)
     out = packed_attention(
-        query[0],
+        queries,
         keys,
         values,
         documents.lengths,
@@ -91,6 +99,7 @@ def _attention(
         dropout=dropout,
         key_lengths=documents.key_lengths,
     )
+    out = reading.of_rows(out) if reading else out
     return out.transpose(0, 1)[None], None
 
 
@@ -114,7 +123,7 @@ def _asked(router: bool) -> dict[str, bool]:
     return {"output_router_logits": True} if router else {}
 
 
-def _flat(decoder: nn.Module, batch: Batch, router: bool = False) -> States:
+def _flat(decoder: nn.Module, batch: Batch, router: bool = False, rows: Tensor | None = None) -> States:
     lengths = torch.tensor((0, *batch.lengths), dtype=torch.int32, device=batch.tokens.device)
     cumulative = lengths.cumsum(0, dtype=torch.int32)
     longest = max(batch.lengths)
@@ -126,7 +135,7 @@ def _flat(decoder: nn.Module, batch: Batch, router: bool = False) -> States:
         position_ids=batch.positions[None],
         attention_mask=None,
         use_cache=False,
-        documents=Documents.of(batch),
+        documents=Documents.of(batch, rows),
         # Recurrent layers that know transformers' own spelling isolate by it or refuse; none ignores ours. Where
         # documents share rows it isolates what each adds, so that the proof refuses to share among such layers.
         cu_seq_lens_q=cumulative,
@@ -164,7 +173,8 @@ def _joined(states: list[States]) -> States:
 class Route:
     """name: its place on the ladder; states: (decoder, batch, router) -> States;
     attention: what it needs, or None for the model's own; published: the attention the model was loaded with;
-    reason: why not a faster one; longest: tokens of the longest document that it is proven for, None for any.
+    reason: why not a faster one; longest: tokens of the longest document that it is proven for, None for any;
+    narrow: whether ``states`` takes the rows that are read, for which alone the last layer (``models.last``) computes.
     """
 
     name: str
@@ -173,6 +183,7 @@ class Route:
     published: str
     reason: str = ""
     longest: int | None = None
+    narrow: bool = False
 
 
 def choose_route(model: PreTrainedModel, decoder: str, longest: int | None = None) -> Route:
@@ -185,7 +196,7 @@ def choose_route(model: PreTrainedModel, decoder: str, longest: int | None = Non
     flat = Route("flat", _flat, ATTENTION, published, longest=longest)
     reason = disproof(model, decoder, flat)
     if reason is None:
-        return flat
+        return replace(flat, narrow=is_on("narrow_last_layer") and narrow_disproof(model, decoder, flat) is None)
     alone = Route("alone", _alone, None, published, reason, longest)
     fault = disproof(model, decoder, alone)
     if fault is None:
@@ -226,8 +237,33 @@ def sharing_disproof(model: PreTrainedModel, decoder: str, route: Route) -> str 
     return _disproof(model, decoder, route, Batch.of(documents), states, "shared beginnings of")
 
 
+def narrow_disproof(model: PreTrainedModel, decoder: str, route: Route) -> str | None:
+    """Why the last layer must not be computed for the rows alone that are read, or None where it may."""
+    documents = [Document(np.arange(n, dtype=np.int32) % 57 + 3, np.zeros(n, dtype=bool)) for n in (9, 5, 12, 4)]
+    batch = Batch.of(documents)
+    rows = torch.tensor([1, 2, 8, 14, 16, 17, 18, 22, 25, 26, 27, 28, 29])  # of one document none, of one all
+
+    def chosen(hidden: Tensor) -> States:
+        return States(torch.zeros(len(batch.tokens), hidden.shape[1]).index_copy(0, rows, hidden))
+
+    def truth(decoder: nn.Module, batch: Batch) -> States:
+        return chosen(_backwards(decoder, batch).hidden[rows])
+
+    def states(decoder: nn.Module, batch: Batch) -> States:
+        narrow(decoder)
+        return chosen(route.states(decoder, batch, rows=rows).hidden)
+
+    return _disproof(model, decoder, route, batch, states, "unread rows of", truth)
+
+
 def _disproof(
-    model: PreTrainedModel, decoder: str, route: Route, batch: Batch, states: Callable[..., States], what: str
+    model: PreTrainedModel,
+    decoder: str,
+    route: Route,
+    batch: Batch,
+    states: Callable[..., States],
+    what: str,
+    alone: Callable[..., States] = _backwards,
 ) -> str | None:
     """How ``states`` of a small copy differ from those of the documents alone, or None."""
     begins = scaling_begins(model.config)
@@ -237,7 +273,7 @@ def _disproof(
         try:
             small = small_copy(model, cross=cross)
             small.set_attn_implementation("eager")
-            truth = _observe(small, decoder, _backwards, batch)
+            truth = _observe(small, decoder, alone, batch)
             small.set_attn_implementation(route.attention or "eager")
             got = _observe(small, decoder, states, batch)
         except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:

@@ -35,7 +35,7 @@ SAME = 1e-6
 """Relative difference in float64 below which two computations are the same function; some norms are always in fp32."""
 
 
-class _Swapped:
+class Swapped:
     """Marks the classes that are made here; ``plain`` is the class that the model's author wrote."""
 
     plain: type[nn.Module]
@@ -59,11 +59,11 @@ def swap(model: nn.Module, autocast: Context) -> int:
         return 0
     for module in model.modules():
         plain: Any = type(module)
-        if isinstance(module, _Swapped) or not ((turning := forward_with_rotary(plain)) or (ways := _ways(module))):
+        if isinstance(module, Swapped) or not ((turning := forward_with_rotary(plain)) or (ways := _ways(module))):
             continue
         kind = plain if turning else _kind(module)
         if kind not in proven:
-            proven[kind] = _subclass(plain, turning) if turning else _proven(module, ways, autocast)
+            proven[kind] = subclass(plain, turning) if turning else _proven(module, ways, autocast)
         if made := proven[kind]:
             module.__class__ = made
             count += 1
@@ -73,7 +73,7 @@ def swap(model: nn.Module, autocast: Context) -> int:
 @contextlib.contextmanager
 def unswapped(model: nn.Module) -> Iterator[None]:
     """Every part computed by its author's code, for a while: the reference of the checks."""
-    swapped = [(module, type(module)) for module in model.modules() if isinstance(module, _Swapped)]
+    swapped = [(module, type(module)) for module in model.modules() if isinstance(module, Swapped)]
     for module, made in swapped:
         module.__class__ = cast(Any, made).plain
     try:
@@ -155,11 +155,12 @@ def _made(plain: type[nn.Module], way: _Way) -> type[nn.Module]:
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return plain.forward(self, x, *args, **kwargs) if args or kwargs else way.compute(self, x)
 
-    return _subclass(plain, forward)
+    return subclass(plain, forward)
 
 
-def _subclass(plain: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    return type(plain.__name__, (_Swapped, plain), {"plain": plain, "forward": forward})
+def subclass(plain: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    """``plain`` with another forward, marked as ``Swapped``."""
+    return type(plain.__name__, (Swapped, plain), {"plain": plain, "forward": forward})
 
 
 def _observe(module: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:

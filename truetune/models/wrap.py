@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from truetune.data.batch import Batch
 from truetune.models.adapt import START, low_rank
+from truetune.models.last import narrow
 from truetune.models.route import Route, States
 from truetune.models.swap import swap, unswapped
 from truetune.models.tail import Tail
@@ -58,6 +59,8 @@ class CausalLM(nn.Module):
         self.dtype = dtype
         self.train(model.training)
         swap(self.hf, self.autocast)
+        if route.narrow:
+            narrow(self.hf.get_submodule(tail.decoder))
         self.hf.set_attn_implementation(route.attention or route.published)
 
     @property
@@ -75,16 +78,22 @@ class CausalLM(nn.Module):
         low, up = low_rank(layer) if isinstance(layer, LoraLinear) else (None, None)
         return Head(layer.weight, layer.bias, self.tail.scale, self.tail.softcap, low, up)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states [T, D] that the head would read, each document isolated from its neighbours."""
-        return self.states(batch).hidden
+    def hidden(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D] that the head would read, each document isolated from its neighbours.
+
+        rows: int64 [N], ascending: only their states, [N, D].
+        """
+        if rows is None or not self.route.narrow:
+            hidden = self.states(batch).hidden
+            return hidden if rows is None else hidden[rows]
+        return self.route.states(self.hf.get_submodule(self.tail.decoder), batch, rows=rows).hidden
 
     def states(self, batch: Batch, router: bool = False) -> States:
         """The same with the logits of the routers, which choose among experts, where they are asked for."""
         return self.route.states(self.hf.get_submodule(self.tail.decoder), batch, router)
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.hidden(batch)
+    def forward(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        return self.hidden(batch, rows)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context that model and loss are computed in."""

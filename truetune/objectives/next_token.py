@@ -10,7 +10,6 @@ import torch
 
 from truetune.data.batch import IGNORE, Batch
 from truetune.kernels.linear_cross_entropy import linear_cross_entropy
-from truetune.models.route import States
 from truetune.models.router import Router, load_balance
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Terms
@@ -34,10 +33,10 @@ class NextToken:
         """Raises ValueError for a router loss of documents that share rows."""
         if self.router and batch.shared is not None:
             raise ValueError("a router loss is one of each document, so they share no rows; lay them out apart")
-        chosen = batch.labels != IGNORE
+        chosen = (batch.labels != IGNORE).nonzero()[:, 0]
         with model.autocast():
-            states = model.states(batch, router=True) if self.router else States(model(batch))
-            hidden_ND = states.hidden[chosen]
+            states = model.states(batch, router=True) if self.router else None
+            hidden_ND = states.hidden[chosen] if states else model(batch, chosen)
             head = model.head
             terms = linear_cross_entropy(
                 hidden_ND,
@@ -50,10 +49,10 @@ class NextToken:
                 head.low(hidden_ND) if head.low else None,
                 head.up,
             )
-        if not self.router:
+        if not self.router or not states:
             return Terms(terms.total, terms.losses, terms.correct)
         balance_N = load_balance(states.router, batch.lengths, self.router.chosen)
-        weight_T = chosen if batch.weights is None else batch.weights
+        weight_T = batch.labels != IGNORE if batch.weights is None else batch.weights
         weight_N = torch.stack([part.sum() for part in weight_T.split(batch.lengths)])
         router = self.router.coefficient * (balance_N * weight_N).sum()
         return Terms(terms.total + router, terms.losses, terms.correct, router.detach())

@@ -14,7 +14,7 @@ from tiny import random_documents, tiny, tiny_trainer, wrap
 from torch import Tensor, nn
 
 from truetune.kernels.native.build import kernels
-from truetune.models.swap import _Swapped, swap, unswapped
+from truetune.models.swap import Swapped, swap, unswapped
 from truetune.training.record import Step
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
@@ -23,7 +23,8 @@ plainly = contextlib.nullcontext
 
 
 def swapped(model: nn.Module) -> Counter[str]:
-    return Counter(type(m).__name__ for m in model.modules() if isinstance(m, _Swapped))
+    names = [type(m).__name__ for m in model.modules() if isinstance(m, Swapped)]
+    return Counter(name for name in names if not name.endswith("DecoderLayer"))  # the last one has tests of its own
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_what_computes_something_else_is_left_alone(module: nn.Module, taken: bo
     before = {name: p.clone() for name, p in module.named_parameters()}
     x = torch.randn(5, 24)
     expected = module(x)
-    assert swap(module, plainly) == taken == isinstance(module, _Swapped)
+    assert swap(module, plainly) == taken == isinstance(module, Swapped)
     assert torch.allclose(module(x), expected, atol=1e-5)
     after = dict(module.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
