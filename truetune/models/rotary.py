@@ -48,7 +48,7 @@ def _equal(theirs: Turn | None) -> Turn | None:
         if args or kwargs or not _fits(q, k, cos, sin):
             return theirs(q, k, cos, sin, *args, **kwargs)
         tables = cos[0].detach(), sin[0].detach()
-        return pointwise.Rope.apply(q[0], *tables)[None], pointwise.Rope.apply(k[0], *tables)[None]
+        return tuple(pointwise.Rope.apply(x.squeeze(0), *tables)[None] for x in (q, k))
 
     return turn
 

@@ -82,7 +82,7 @@ def _attention(
     if documents is None:
         raise RuntimeError("packed attention was called without its documents; use CausalLM.as_published")
     reading = documents.reading
-    queries, keys, values = query[0], key[0], value[0]
+    queries, keys, values = query.squeeze(0), key.squeeze(0), value.squeeze(0)  # the gradient of [0] is a copy in zeros
     if reading:
         queries, keys, values = reading.of_all(queries, keys, values)
     if documents.ranges:
@@ -116,7 +116,7 @@ class States:
 
 def _states(output: Any, router: bool) -> States:
     logits = tuple(layer.reshape(-1, layer.shape[-1]) for layer in output.router_logits) if router else ()
-    return States(output.last_hidden_state[0], logits)
+    return States(output.last_hidden_state.squeeze(0), logits)
 
 
 def _asked(router: bool) -> dict[str, bool]:

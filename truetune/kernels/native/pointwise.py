@@ -42,12 +42,15 @@ class RMSNorm(torch.autograd.Function):
         y_ND, sum_ND, scales_N = _compiled().rms_norm_forward(flat_ND, wide_D, other_ND, eps, offset)
         ctx.save_for_backward(sum_ND, scales_N, weight_D)
         ctx.offset, ctx.added = offset, residual is not None
+        ctx.set_materialize_grads(False)  # the sum is mostly read by nobody
         total = sum_ND.view(x.shape) if ctx.added else x.view_as(x)
         return y_ND.view(x.shape), total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dsum, None, None, None, dsum if ctx.added else None
         sum_ND, scales_N, weight_D = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1]
         more_ND = None if dsum is None else _rows(dsum)
