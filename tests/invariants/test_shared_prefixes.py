@@ -20,7 +20,7 @@ from truetune.kernels.attention import packed_attention
 from truetune.models import route as routes
 from truetune.models.router import Router
 from truetune.objectives.next_token import NextToken
-from truetune.promises import rows
+from truetune.promises import rows as promised
 from truetune.training.gradient import accumulate
 
 DROPOUT = {"resid_pdrop": 0.1}
@@ -134,7 +134,7 @@ def test_a_step_learns_and_counts_the_same(monkeypatch):
         assert all(len(b.tokens) <= 120 for b in trainer.batches(0))
         steps.append(next(r for r in trainer.steps() if r.kind == "step"))
         faults: list[str] = []
-        assert rows._labels(trainer, faults) == (1, sum(d.target_count for d in documents)) and not faults
+        assert promised._labels(trainer, faults) == (1, sum(d.target_count for d in documents)) and not faults
     apart, shared = steps
     assert shared.loss == pytest.approx(apart.loss, rel=1e-6)
     assert shared.gradient_norm == pytest.approx(apart.gradient_norm, rel=1e-5)
