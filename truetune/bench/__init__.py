@@ -44,19 +44,19 @@ def compare_training(
     mode: Annotated[str, typer.Option(metavar="MODE", help="lora, or full: every weight.")] = "lora",
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Timed steps of each side.")] = 5,
     documents: Annotated[int | None, typer.Option(min=2, metavar="N", help="Documents of a step.")] = None,
-    ours: Annotated[
-        list[str] | None, typer.Option("--ours", metavar="KEY=VALUE", help="A key of our recipe; may be repeated.")
+    keys: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A key of the recipe; may be repeated.")
     ] = None,
     keep_memory: Annotated[bool, typer.Option(help="Let glibc keep freed memory, on all sides.")] = True,
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the raw samples there, as JSON.")] = None,
 ) -> None:
     """Train beside other frameworks: same model, data, hyper-parameters and precision, in turns, on the CPU.
 
-    Peers: loop, loop-compiled, hf-trainer, trl.
+    Peers: loop, loop-compiled, hf-trainer, trl, litgpt.
     """
     from truetune.bench.training import Asked, compare
 
-    compare(Asked(workload, mode, peers or ["loop"], rounds, documents, ours or [], keep_memory), to)
+    compare(Asked(workload, mode, peers or ["loop"], rounds, documents, keys or [], keep_memory), to)
 
 
 @app.command("table")

@@ -74,7 +74,8 @@ class Child:
         found = self.answer()
         wall, own, busy = (b - a for a, b in zip(before, self._clocks(), strict=True))
         cores = wall * (os.cpu_count() or 1)
-        return found | {"own_cpu": own / cores, "other_cpu": max(0.0, busy - own) / cores}
+        # The system counts in hundredths of a second, so of very short answers a share may come out as anything.
+        return found | {"own_cpu": own / cores, "other_cpu": min(1.0, max(0.0, busy - own) / cores)}
 
     def _clocks(self) -> tuple[float, float, float]:
         """Seconds: of the wall, of this child's cores, of all cores that did not idle."""

@@ -50,18 +50,19 @@ PEERS = {
     "loop-compiled": Peer("loop", ("compile",), "the same, its layers compiled by torch"),
     "hf-trainer": Peer("trainers", (), "transformers' Trainer"),
     "trl": Peer("trainers", ("trl",), "trl's SFTTrainer, packing"),
+    "litgpt": Peer("litgpt_loop", (), "litgpt's model and loss in the loop of its scripts"),
 }
 
 
 class Asked(NamedTuple):
-    """What the command line asked for. peers: name, or name=PYTHON. ours: keys of our own recipe."""
+    """What the command line asked for. peers: name, or name=PYTHON. keys: of the recipe, as ``prepare`` takes."""
 
     workload: str
     mode: str
     peers: Sequence[str]
     rounds: int
     documents: int | None
-    ours: Sequence[str]
+    keys: Sequence[str]
     keep_memory: bool
 
 
@@ -75,7 +76,7 @@ def compare(asked: Asked, to: Path | None) -> None:
         raise UserError(f"--mode is lora or full, not {asked.mode}; choose one")
     with tempfile.TemporaryDirectory(prefix="truetune-bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        workload = prepare(asked.workload, asked.mode, asked.rounds, folder, asked.documents, asked.ours)
+        workload = prepare(asked.workload, asked.mode, asked.rounds, folder, asked.documents, asked.keys)
         cost = Cost.of(workload.config, RANK if asked.mode == "lora" else None)
         result = _described(asked, workload, cost)
         sides = {}
@@ -84,7 +85,8 @@ def compare(asked: Asked, to: Path | None) -> None:
             command = [python, str(FOLDER / f"{peer.script}.py"), name, *peer.options]
             log = folder / f"{side}.log"
             sides[side] = stack.enter_context(Child(side, command, log, _environment(asked, workload, side)))
-            result["sides"][side] = {"options": peer.options, **sides[side].answer(), "samples": []}
+        for side, child in sides.items():
+            result["sides"][side] = {"python": pythons[side], **child.answer(), "samples": []}
         _require_same_training(result)
         for side, child in sides.items():
             result["sides"][side]["warm_up"] = _step(child, workload, 0)
@@ -140,7 +142,7 @@ def _described(asked: Asked, workload: Workload, cost: Cost) -> dict[str, Any]:
         "workload": workload.name,
         "mode": asked.mode,
         "job": {key: workload.job[key] for key in ("compute", "rate", "clip", "longest", "documents", "threads")},
-        "ours": list(asked.ours),
+        "keys": list(asked.keys),
         "keep_memory": asked.keep_memory,
         "data": workload.digest,
         "steps": steps,

@@ -35,6 +35,8 @@ SHAPES = {file.stem: file for file in sorted((Path(__file__).parent / "shapes").
 DOCUMENTS = {"small": 16, "medium": 4}
 """Documents of a step; of any other model 16."""
 RANK, ALPHA, RATE, CLIP, LONGEST, SEED = 16, 32, 1e-4, 1.0, 1024, 0
+KEYS = ("model.precision", "optimizer.rate", "train.tokens_per_micro_batch")
+"""Of the recipe, that may be chosen: the first two hold for all sides, the last says how ours is computed."""
 MEDIAN, SPREAD, SHORTEST = 141.0, 0.7, 16
 """Of the lognormal: exp of its mean, its standard deviation, and its least length."""
 
@@ -59,26 +61,19 @@ class Workload:
 
 
 def prepare(
-    name: str, mode: str, rounds: int, folder: Path, documents: int | None = None, ours: Sequence[str] = ()
+    name: str, mode: str, rounds: int, folder: Path, documents: int | None = None, chosen_keys: Sequence[str] = ()
 ) -> Workload:
     """Write model, adapter, documents and ``job.json`` into ``folder``, for a warm-up step and ``rounds`` more.
 
-    name: of ``SHAPES``, or a model's folder. mode: "lora" or "full". ours: keys of the recipe of our own side.
-    Raises UserError for a model that there is not, or too few documents.
+    name: of ``SHAPES``, or a model's folder. mode: "lora" or "full". chosen_keys: of ``KEYS``, with values.
+    Raises UserError for a model that there is not, for too few documents, and for any other key.
     """
+    if other := [key for key in chosen_keys if key.partition("=")[0] not in KEYS]:
+        raise UserError(f"--set takes {', '.join(KEYS)}, not {other[0]}, with which sides would differ; leave it out")
+    model = folder / "model" if name in SHAPES else Path(name).resolve()
     lora, per_step = mode == "lora", documents or DOCUMENTS.get(name, 16)
     count = (rounds + 1) * per_step
-    if name in SHAPES:
-        config = AutoConfig.for_model(**json.loads(SHAPES[name].read_text(encoding="utf-8")))
-        model = folder / "model"
-        chosen = _random_documents(rounds + 1, per_step, config.vocab_size)
-    elif Path(name).is_dir():
-        model = Path(name).resolve()
-        config, chosen = outline(str(model)).config, _real_documents(model, count)
-    else:
-        raise UserError(f"there is no workload {name}; choose {', '.join(SHAPES)}, or name a model's folder")
     adapter = folder / "adapter" if lora else None
-    precision = [key for key in ours if key.startswith("model.precision=")]
     keys = [
         f"model.path={model}",
         "data.source=python-docs",
@@ -86,14 +81,22 @@ def prepare(
         f"optimizer.rate={RATE}",
         f"train.clip={CLIP}",
         "device=cpu",
-        *ours,
+        *chosen_keys,
     ]
-    dtype = pick_dtype(read(None, keys[:2] + precision).model.precision, torch.device("cpu"))
+    recipe = read(None, keys)
+    dtype = pick_dtype(recipe.model.precision, torch.device("cpu"))
+    if name in SHAPES:
+        config = AutoConfig.for_model(**json.loads(SHAPES[name].read_text(encoding="utf-8")))
+        chosen = _random_documents(rounds + 1, per_step, config.vocab_size)
+    elif Path(name).is_dir():
+        config, chosen = outline(str(model)).config, _real_documents(model, count)
+    else:
+        raise UserError(f"there is no workload {name}; choose {', '.join(SHAPES)}, or name a model's folder")
     job = {
         "model": str(model),
         "adapter": str(adapter) if lora else None,
         "compute": "fp32" if dtype == torch.float32 else "bf16",
-        "rate": RATE,
+        "rate": recipe.optimizer.rate,
         "clip": CLIP,
         "longest": LONGEST,
         "documents": per_step,
