@@ -20,9 +20,11 @@ FORMAT = 1
 OURS = "truetune"
 NOISE = 0.03
 """Share of the machine that something else used, above which a round is said to be noisy."""
+ROUNDS = 5
+"""That a median is of, at least."""
 HEAD = (
     "workload", "side", "useful tok/s", "quartiles", "times as fast as it", "quartiles", "target tok/s", "MFU",
-    "peak memory", "first loss", "last loss", "trained tensors that moved",
+    "peak memory", "first loss", "last loss (after targets)", "trained tensors that moved, checks passed",
 )  # fmt: skip
 
 
@@ -40,7 +42,8 @@ class Spread(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What one side did. useful, target: tokens/s. ratio: how many times as fast ours was, None for ours."""
+    """What one side did. useful, target: tokens/s. ratio: how many times as fast ours was, None for ours. targets: that
+    were trained on between the first and the last of ``losses``."""
 
     side: str
     useful: Spread
@@ -49,7 +52,8 @@ class Figures(NamedTuple):
     mfu: float
     peak_bytes: int
     losses: tuple[float, float]
-    moved: str
+    targets: int
+    sound: str
 
 
 def figures(result: dict[str, Any]) -> list[Figures]:
@@ -68,16 +72,26 @@ def figures(result: dict[str, Any]) -> list[Figures]:
                 median(step["flops"] / s / p for step, s, p in zip(steps, seconds, peak, strict=True)),
                 side["peak_bytes"],
                 (side["warm_up"]["loss"], side["samples"][-1]["loss"]),
-                f"{side['moved']} of {side['tensors']}",
+                sum(step["targets"] for step in result["steps"][:-1]),
+                _sound(side),
             )
         )
     return sorted(found, key=lambda f: (f.ratio is not None, -f.useful.middle))
+
+
+def _sound(side: dict[str, Any]) -> str:
+    found = [f"{side['moved']} of {side['tensors']}"]
+    if verdicts := side.get("verdicts"):
+        found.append(f"{sum(v['passed'] for v in verdicts)} of {len(verdicts)}")
+    return ", ".join(found)
 
 
 def noisy(result: dict[str, Any]) -> Iterator[str]:
     """A sentence for whatever keeps the figures from being trusted."""
     sides = result["sides"]
     others = [max(s["samples"][i]["other_cpu"] for s in sides.values()) for i in range(len(result["rounds"]))]
+    if len(others) < ROUNDS:
+        yield f"{title(result)} has {len(others)} rounds, whose median means little; take {ROUNDS} or more"
     if loud := [share for share in others if share > NOISE]:
         yield (
             f"{len(loud)} of {len(others)} rounds of {title(result)} were noisy: something else used up to "
@@ -110,8 +124,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                     f"{f.mfu:.0%}",
                     f"{f.peak_bytes / 2**30:.2f} GiB",
                     f"{f.losses[0]:.4f}",
-                    f"{f.losses[1]:.4f}",
-                    f.moved,
+                    f"{f.losses[1]:.4f} ({f.targets:,})",
+                    f.sound,
                 )
             )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

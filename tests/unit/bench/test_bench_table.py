@@ -46,7 +46,12 @@ def test_figures_are_medians_over_rounds(result: dict[str, Any]) -> None:
     assert ours.useful == Spread(150, 125, 175) and ours.target == 75 and ours.ratio is None
     assert quick.ratio == Spread(1.5, 1.25, 1.75) and slow.ratio == Spread(4.0, 3.5, 4.0)
     assert ours.mfu == 0.5 and slow.mfu == pytest.approx(1 / 6)  # of 1, 1/2, 1/2; of 1/4, 1/8, 1/6
-    assert ours.losses == (4.0, 1.0) and ours.peak_bytes == 3 * 2**30 and ours.moved == "7 of 7"
+    assert (
+        ours.losses == (4.0, 1.0)
+        and ours.peak_bytes == 3 * 2**30
+        and (ours.sound, slow.sound) == ("7 of 7, 1 of 1", "7 of 7")
+    )
+    assert ours.targets == 999 // 2 + 50 + 100
 
 
 def test_one_round_has_no_spread(result: dict[str, Any]) -> None:
@@ -54,12 +59,17 @@ def test_one_round_has_no_spread(result: dict[str, Any]) -> None:
 
 
 def test_what_keeps_figures_from_being_trusted_is_said(result: dict[str, Any]) -> None:
-    assert list(noisy(result)) == []
+    few = "tiny, lora, bf16 has 3 rounds, whose median means little; take 5 or more"
+    assert list(noisy(result)) == [few]
     loud = copy.deepcopy(result)
     loud["sides"]["quick"]["samples"][1]["other_cpu"] = 0.12
     assert [*noisy(loud)] == [
-        "1 of 3 rounds of tiny, lora, bf16 were noisy: something else used up to 12% of the machine"
+        few,
+        "1 of 3 rounds of tiny, lora, bf16 were noisy: something else used up to 12% of the machine",
     ]
+    enough = result | {"rounds": result["rounds"] * 2, "steps": result["steps"] + result["steps"][1:]}
+    enough["sides"] = {k: v | {"samples": v["samples"] * 2} for k, v in result["sides"].items()}
+    assert list(noisy(enough)) == []
     result["sides"]["truetune"]["verdicts"][0]["passed"] = False
     result["sides"]["truetune"]["alarms"] = ["no gradient"]
     assert "a check of truetune failed: no frozen tensor moved: 0 of 9" in "".join(noisy(result))
