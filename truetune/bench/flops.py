@@ -4,8 +4,9 @@ Chowdhery et al. 2022 (PaLM), appendix B, made exact for fine-tuning. A product 
 output, 2N for the gradient of its input and, only if its weights are trained, 2N for theirs. LoRA's factors are
 products that are trained. The head is needed at targets alone. Attention is causal and within a document: token i of it
 meets i keys, in two products forward and four backward. Padding, logits of other tokens, gradients of frozen weights
-and whatever is computed twice are not needed. Left out, below 1 % here: norms, activations, the softmax, the optimizer,
-and that under LoRA the first layer's input needs no gradient. Stacked experts are refused.
+and whatever is computed twice are not needed, nor is a prefix that documents of a step share, but once. Left out, below
+1 % here: norms, activations, the softmax, the optimizer, and that under LoRA the first layer's input needs no gradient.
+Stacked experts are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from truetune.data.batch import IGNORE, Batch, Document
+from truetune.data.prefixes import packed_by_prefix
 from truetune.errors import UserError
 from truetune.models.load import skeleton
 
@@ -51,9 +54,13 @@ class Cost:
             text.num_hidden_layers * text.num_attention_heads * 2 * size,
         )
 
-    def step(self, lengths: Sequence[int], targets: int) -> int:
-        """FLOPs of forward and backward over documents of ``lengths`` tokens, so many of them targets."""
-        tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
+    def step(self, documents: Sequence[Document]) -> int:
+        """FLOPs of forward and backward over the documents of one optimizer step."""
+        packs = packed_by_prefix(documents, sum(map(len, documents)))
+        order = documents if packs is None else [documents[i] for pack in packs for i in pack]
+        batch = Batch.of(order, shares=packs is not None)
+        tokens, targets = len(batch.tokens), int((batch.labels != IGNORE).sum())
+        pairs = int((batch.positions + 1).sum())
         both = 2 * (self.layers * tokens + self.head * targets)  # output, and gradient of the input
         weights = 0 if self.low_rank else both // 2
         return 2 * (both + weights + 3 * self.low_rank * tokens + 3 * self.attention * pairs)

@@ -134,8 +134,8 @@ def _environment(asked: Asked, workload: Workload, side: str) -> dict[str, str]:
 def _described(asked: Asked, workload: Workload, cost: Cost) -> dict[str, Any]:
     steps = []
     for documents in workload.steps:
-        lengths, targets = [len(d) for d in documents], sum(d.target_count for d in documents)
-        steps.append({"tokens": sum(lengths), "targets": targets, "flops": cost.step(lengths, targets)})
+        counted = {"tokens": sum(map(len, documents)), "targets": sum(d.target_count for d in documents)}
+        steps.append(counted | {"flops": cost.step(documents)})
     return {
         "format": FORMAT,
         "machine": machine(),

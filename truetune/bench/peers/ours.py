@@ -11,7 +11,7 @@ from dataclasses import asdict
 import numpy as np
 from protocol import IGNORE, Side
 
-from truetune.assembly import build_model, build_optimizer
+from truetune.assembly import build_model, build_optimizer, why_unshared
 from truetune.checks.preflight import Preflight
 from truetune.data.batch import Document
 from truetune.data.stream import Stream
@@ -47,13 +47,15 @@ def main() -> None:
     rows = [row for step in side.steps for row in step]
     documents = [Document(row.ids.astype(np.int32), row.labels != IGNORE, i) for i, row in enumerate(rows)]
     stream = InOrder([len(d) for d in documents], side.job["documents"], recipe.train.tokens_per_micro_batch)
+    router = choose_router(model, recipe.train.router_loss)
     trainer = Trainer(
         model=model,
-        objective=NextToken(choose_router(model, recipe.train.router_loss)),
+        objective=NextToken(router),
         optimizer=build_optimizer(recipe, model),
         schedule=SCHEDULES["constant"](len(stream)),
         documents=documents,
         stream=stream,
+        shares=why_unshared(model, router) is None,
         clip=recipe.train.clip,
         preflight=Preflight(loaded),
     )
