@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -74,6 +75,8 @@ def compare(asked: Asked, to: Path | None) -> None:
     pythons = _pythons(asked.peers)
     if asked.mode not in ("lora", "full"):
         raise UserError(f"--mode is lora or full, not {asked.mode}; choose one")
+    if to:
+        _require_place(to)
     with tempfile.TemporaryDirectory(prefix="truetune-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         workload = prepare(asked.workload, asked.mode, asked.rounds, folder, asked.documents, asked.keys)
@@ -86,7 +89,7 @@ def compare(asked: Asked, to: Path | None) -> None:
             log = folder / f"{side}.log"
             sides[side] = stack.enter_context(Child(side, command, log, _environment(asked, workload, side)))
         for side, child in sides.items():
-            result["sides"][side] = {"python": pythons[side], **child.answer(), "samples": []}
+            result["sides"][side] = child.answer() | {"samples": []}
         _require_same_training(result)
         for side, child in sides.items():
             result["sides"][side]["warm_up"] = _step(child, workload, 0)
@@ -99,9 +102,18 @@ def compare(asked: Asked, to: Path | None) -> None:
     for sentence in noisy(result):
         print(f"note: {sentence}")
     if to:
-        to.parent.mkdir(parents=True, exist_ok=True)
         write_text(to, json.dumps(result, indent=1) + "\n")
         print(f"raw samples: {to}")
+
+
+def _require_place(file: Path) -> None:
+    """Raise UserError if ``file`` can't be written, before minutes are spent on what goes there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't create {file.parent} ({error.strerror}); name another file with --to") from error
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"can't write {file}; name another file with --to")
 
 
 def _pythons(peers: Sequence[str]) -> dict[str, str]:
@@ -136,9 +148,10 @@ def _described(asked: Asked, workload: Workload, cost: Cost) -> dict[str, Any]:
     for documents in workload.steps:
         counted = {"tokens": sum(map(len, documents)), "targets": sum(d.target_count for d in documents)}
         steps.append(counted | {"flops": cost.step(documents)})
+    found = machine()
     return {
         "format": FORMAT,
-        "machine": machine(),
+        "machine": found | {"command": re.sub(r"(--peer[ =][\w-]+)=\S+", r"\1", found["command"])},  # no one's paths
         "workload": workload.name,
         "mode": asked.mode,
         "job": {key: workload.job[key] for key in ("compute", "rate", "clip", "longest", "documents", "threads")},

@@ -95,8 +95,13 @@ def test_a_side_that_breaks_or_trains_something_else_is_one_sentence(sides: Path
     assert result.stderr.count("\n") == 1 and f"error: {BROKEN[name][2]}" in result.stderr
 
 
-def test_rounds_alternate_on_the_same_documents_and_every_sample_is_kept(sides: Path, tmp_path: Path) -> None:
+def test_rounds_alternate_on_the_same_documents_and_every_sample_is_kept(
+    sides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     to = tmp_path / "results" / "raw.json"
+    monkeypatch.setattr(
+        sys, "argv", ["truetune", "bench", "training", "--peer", f"good={sys.executable}", "--rounds=3"]
+    )
     result = bench("tiny", "--peer", f"good={sys.executable}", "--to", str(to))
     assert result.exit_code == 0, result.output
     kept = json.loads(to.read_text())
@@ -107,6 +112,8 @@ def test_rounds_alternate_on_the_same_documents_and_every_sample_is_kept(sides: 
     assert kept["sides"]["good"]["warm_up"]["seconds"] == 2.0
     assert all(0 <= s["other_cpu"] <= 1 for side in kept["sides"].values() for s in side["samples"])
     assert "6.00 times" in result.stdout and "5.50 to 6.50" in result.stdout and kept["machine"]["torch"]
+    assert kept["machine"]["command"] == "truetune bench training --peer good --rounds=3"
+    assert sys.executable not in to.read_text()
 
 
 @pytest.mark.parametrize(
@@ -150,6 +157,8 @@ def test_all_sides_really_train_the_same(
             "--set takes model.precision, optimizer.rate, train.tokens_per_micro_batch, not",
         ),
         (("--set", "optimizer.rate=fast"), "optimizer.rate"),
+        (("--to", "."), "can't write .; name another file with --to"),
+        (("--to", "/proc/none/raw.json"), "can't create /proc/none ("),
     ],
 )
 def test_a_wrong_request_is_one_sentence(my_model: Path, arguments: tuple[str, ...], says: str) -> None:
