@@ -6,7 +6,8 @@ products that are trained. The head is needed at targets alone. Attention is cau
 meets i keys, in two products forward and four backward. Padding, logits of other tokens, gradients of frozen weights
 and whatever is computed twice are not needed, nor is a prefix that documents of a step share, but once. Left out, below
 1 % here: norms, activations, the softmax, the optimizer, and that under LoRA the first layer's input needs no gradient.
-Stacked experts are refused.
+Counted although they are not needed, 2 to 4 % here: of the last layer, all but keys and values of tokens that predict
+no target. Stacked experts are refused.
 """
 
 from __future__ import annotations
