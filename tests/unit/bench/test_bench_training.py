@@ -112,7 +112,7 @@ def test_rounds_alternate_on_the_same_documents_and_every_sample_is_kept(
     assert kept["sides"]["good"]["warm_up"]["seconds"] == 2.0
     assert all(0 <= s["other_cpu"] <= 1 for side in kept["sides"].values() for s in side["samples"])
     assert "6.00 times" in result.stdout and "5.50 to 6.50" in result.stdout and kept["machine"]["torch"]
-    assert kept["machine"]["command"] == "truetune bench --peer good --rounds=3"
+    assert kept["machine"]["command"] == "truetune bench training --peer good --rounds=3"
     assert sys.executable not in to.read_text()
 
 

@@ -2,11 +2,12 @@
 
 Documents of like length share a batch of up to 1,024 padded tokens, padded on the right without a mask, since causal
 attention never sees the padding; logits of target positions only; fused AdamW. Option ``compile``: the decoder's layers
-through ``torch.compile``.
+through ``torch.compile``, before the first step.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,28 +44,36 @@ def main() -> None:
     model = load(side)
     base = model.get_base_model() if side.job["adapter"] else model
     decoder, head = base.base_model, base.get_output_embeddings()
+    parameters = trained(model)
+    optimizer = torch.optim.AdamW(parameters, lr=side.job["rate"], weight_decay=0.0, fused=True)
+
+    def backward(batch: Sequence[Row], targets: int) -> float:
+        """Add the gradient of the batch's share of a step with so many targets; that share of its loss."""
+        ids, labels = padded(batch)
+        keep = labels[:, 1:] != IGNORE
+        with torch.autocast("cpu", torch.bfloat16, enabled=side.autocast):
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            logits = head(hidden[:, :-1][keep])
+        loss = F.cross_entropy(logits.float(), labels[:, 1:][keep], reduction="sum") / targets
+        loss.backward()
+        return loss.item()
+
+    started = time.perf_counter()
     if "compile" in side.options:
         for layer in decoder.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-    parameters = trained(model)
-    optimizer = torch.optim.AdamW(parameters, lr=side.job["rate"], weight_decay=0.0, fused=True)
-    side.ready(parameters, PACKAGES)
+        for count in (1, 2):  # torch compiles a batch of one row apart, which would fall into a timed step
+            backward(side.steps[0][:count], 1)
+        optimizer.zero_grad(set_to_none=True)
+    side.ready(parameters, PACKAGES, compile_seconds=time.perf_counter() - started)
     for rows in side.steps:
         side.begin()
-        targets, total = sum(int((row.labels[1:] != IGNORE).sum()) for row in rows), 0.0
-        for batch in batches(rows):
-            ids, labels = padded(batch)
-            keep = labels[:, 1:] != IGNORE
-            with torch.autocast("cpu", torch.bfloat16, enabled=side.autocast):
-                hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-                logits = head(hidden[:, :-1][keep])
-            loss = F.cross_entropy(logits.float(), labels[:, 1:][keep], reduction="sum") / targets
-            loss.backward()
-            total += loss.item()
+        targets = sum(int((row.labels[1:] != IGNORE).sum()) for row in rows)
+        loss = sum(backward(batch, targets) for batch in batches(rows))
         torch.nn.utils.clip_grad_norm_(parameters, side.job["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        side.done(total, sum(len(row.ids) for row in rows), targets)
+        side.done(loss, sum(len(row.ids) for row in rows), targets)
     side.finish()
 
 
