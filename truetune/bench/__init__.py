@@ -32,3 +32,47 @@ def time_kernels(
     from truetune.bench.kernels import write
 
     write(only or [], repeats, to)
+
+
+@app.command("training")
+def compare_training(
+    workload: Annotated[str, typer.Argument(metavar="WORKLOAD", help="small, medium, or a model's folder.")] = "small",
+    peers: Annotated[
+        list[str] | None,
+        typer.Option("--peer", metavar="NAME[=PYTHON]", help="A peer, and the Python that has it; may be repeated."),
+    ] = None,
+    mode: Annotated[str, typer.Option(metavar="MODE", help="lora, or full: every weight.")] = "lora",
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Timed steps of each side.")] = 5,
+    documents: Annotated[int | None, typer.Option(min=2, metavar="N", help="Documents of a step.")] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A key of the recipe; may be repeated.")
+    ] = None,
+    keep_memory: Annotated[bool, typer.Option(help="Let glibc keep freed memory, on all sides.")] = True,
+    to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the raw samples there, as JSON.")] = None,
+) -> None:
+    """Train beside other frameworks: same model, data, hyper-parameters and precision, in turns, on the CPU.
+
+    Peers: loop, loop-compiled, hf-trainer, trl, litgpt.
+    """
+    from truetune.bench.training import Asked, compare
+
+    compare(Asked(workload, mode, peers or ["loop"], rounds, documents, keys or [], keep_memory), to)
+
+
+@app.command("table")
+def show_table(
+    results: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What bench training wrote.")],
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Also draw it.")] = None,
+) -> None:
+    """Print results of bench training as a table, and draw them."""
+    from truetune.bench.table import noisy, read, table
+
+    found = read(results)
+    typer.echo(table(found))
+    for sentence in (sentence for result in found for sentence in noisy(result)):
+        typer.echo(f"note: {sentence}")
+    if picture:
+        from truetune.bench.picture import draw
+
+        draw(found, picture)
+        typer.echo(f"picture: {picture}")

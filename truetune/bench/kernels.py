@@ -179,7 +179,7 @@ def write(only: Sequence[str], repeats: int, to: Path | None) -> None:
             found.append(measure(case, repeats))
             print("\n".join(_lines(found[-1])), flush=True)
     if to:
-        to.write_text(json.dumps({"machine": _machine(), "repeats": repeats, "results": found}, indent=1) + "\n")
+        to.write_text(json.dumps({"machine": machine(), "repeats": repeats, "results": found}, indent=1) + "\n")
         print(f"raw samples: {to}")
 
 
@@ -193,7 +193,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  {way:10}{1e3 * statistics.median(seconds):9.2f} ms  error {found['errors'][way]:.1e}{spread}"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What was measured on, with what, and how: command, date, versions, processor, threads, fast paths."""
     return {
         "command": " ".join(["truetune", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
