@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from truetune.errors import UserError
 from truetune.kernels import int8_linear
 from truetune.kernels.lora_linear import Layer
-from truetune.models.adapt import FusedLoraLinear
+from truetune.models.adapt import FusedLoraLinear, fuse
 
 
 def quantize_base(model: nn.Module, head: str) -> int:
@@ -64,6 +64,7 @@ def reference_base(model: nn.Module) -> Iterator[None]:
     finally:
         for base in bases:
             base.__class__ = nn.Linear
+        fuse(model)  # which ``unfused`` could not, over layers of another class
 
 
 @contextlib.contextmanager

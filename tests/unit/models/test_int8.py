@@ -20,8 +20,8 @@ from truetune.assembly import assemble
 from truetune.data.batch import Batch
 from truetune.errors import UserError
 from truetune.kernels import int8_linear
-from truetune.models.adapt import FusedLoraLinear
-from truetune.models.int8 import original_weights, quantize_base
+from truetune.models.adapt import FusedLoraLinear, unfused
+from truetune.models.int8 import original_weights, quantize_base, reference_base
 from truetune.models.wrap import CausalLM
 from truetune.objectives.next_token import NextToken
 from truetune.training.evaluate import Evaluator
@@ -69,6 +69,20 @@ def test_training_uses_it_and_whatever_is_told_does_not() -> None:
         assert torch.equal(hf(input_ids=tokens).logits, other(input_ids=tokens).logits)
     assert float(objective(model, batch).total.detach()) == ours
     assert list(model.state_dict()) == list(plain.state_dict())
+
+
+@needs_bytes
+def test_plain_code_can_have_such_a_base_for_a_while() -> None:
+    batch = Batch.of(random_documents(4))
+    model = quantized()
+    before = model(batch)
+    with reference_base(model), model.as_published() as hf, unfused(hf), model.autocast():
+        theirs = hf(input_ids=batch.tokens[None]).logits
+    with model.as_published() as hf, unfused(hf), model.autocast():
+        original = hf(input_ids=batch.tokens[None]).logits
+    assert torch.equal(model(batch), before) and len(packed(model)) == 14
+    off = float(((theirs - original).norm() / original.norm()).detach())
+    assert 1e-3 < off < 0.05
 
 
 @needs_bytes
