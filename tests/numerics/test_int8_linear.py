@@ -170,12 +170,11 @@ def test_layers_of_one_input_are_each_as_alone(op: Any) -> None:
     layers = [Layer(*first, SCALING)] + [Layer(*inputs(9, 300, n, 2, torch.float32)[1:], 0.5) for n in (40, 130)]
     together = op(x, layers, [pack(layer.weight) for layer in layers])
     alone = [op(x, [layer], [pack(layer.weight)])[0] for layer in layers]
-    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
     wanted = [x, *(f for layer in layers for f in (layer.a, layer.b))]
-    ours, theirs = (torch.autograd.grad(sum(y.square().sum() for y in ys), wanted) for ys in (together, alone))
-    assert all(
-        torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max())) for a, b in zip(ours, theirs, strict=True)
-    )
+    readouts = [torch.randn_like(y) for y in alone]
+    ours, theirs = ([*ys, *torch.autograd.grad(ys, wanted, readouts)] for ys in (together, alone))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
 
 
 def test_a_trained_base_is_refused() -> None:
