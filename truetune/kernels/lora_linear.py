@@ -131,7 +131,8 @@ class _LoRALinears(torch.autograd.Function):
             if for_x or x_TI is not None:
                 grad_low_TS = torch.cat([g @ up_OR for g, up_OR in zip(grads, ups, strict=True)], 1)
             if for_x:
-                grad_x_TI = _for_x(*ctx.products, grads, weights, grad_low_TS, a_SI).to(ctx.dtype)
+                product, each = ctx.products
+                grad_x_TI = _for_x(product, each, grads, weights, grad_low_TS, a_SI).to(ctx.dtype)
             if x_TI is not None:
                 grads_a = [
                     g.to(own) if wanted else None
