@@ -24,6 +24,7 @@ from truetune.kernels.op import is_on
 from truetune.models.adapt import add_lora
 from truetune.models.adapter import continued
 from truetune.models.coverage import coverage
+from truetune.models.int8 import quantize_base
 from truetune.models.load import Loaded, load, require_causal
 from truetune.models.precision import keep_sums_in_fp32
 from truetune.models.route import choose_route, sharing_disproof
@@ -212,7 +213,10 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
         model = continued(loaded, tail.head, adapter.path, written)
     if dtype != torch.float32:
         keep_sums_in_fp32(hf)
-    return loaded, CausalLM(model, tail, route, dtype)
+    wrapped = CausalLM(model, tail, route, dtype)
+    if recipe.model.base == "int8":
+        quantize_base(wrapped.hf, tail.head)
+    return loaded, wrapped
 
 
 def disk_need(job: Job) -> int:

@@ -144,6 +144,7 @@ def model_facts(job: Job) -> dict[str, Any]:
         else None,
         "adapter_from": provenance(path) if (path := job.recipe.adapter.path) else None,
         "precision": str(model.dtype).removeprefix("torch."),
+        "base": job.recipe.model.base,
         "route": model.route.name,
         "route_reason": model.route.reason,
         "unshared": job.unshared,
@@ -225,6 +226,12 @@ def require_same_run(facts: Facts, job: Job) -> None:
         name = {"float32": "fp32", "bfloat16": "bf16"}.get(then, then)
         raise UserError(
             f"the run began in {then} and would go on in {here}; write model.precision: {name} into "
+            f"{facts.file.with_name('recipe.yaml')}"
+        )
+    began, base = facts.values["model"].get("base"), job.recipe.model.base
+    if began != base:
+        raise UserError(
+            f"the run began with model.base={began or 'none'} and would go on with {base or 'none'}; restore "
             f"{facts.file.with_name('recipe.yaml')}"
         )
 

@@ -58,6 +58,9 @@ class Model(Part):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16: compute in bf16, trained weights in fp32; auto: bf16 where it is fast"
     )
+    base: Literal["int8"] | None = Field(
+        None, description="int8: LoRA's frozen base is multiplied in 8 bits in training; default: as precision says"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
@@ -263,6 +266,12 @@ class Recipe(Part):
                 "adapter.method",
                 *(f"adapter.{k}" for k in idle),
             )
+        if self.model.base and (other := self._unquantized()):
+            raise _conflict(
+                f"model.base=int8 means nothing with {other}, whose products are not those of plain LoRA; remove one",
+                "model.base",
+                other.partition("=")[0],
+            )
         if self.data.too_long != "truncate" and "cut_limit" in self.data.model_fields_set:
             raise _conflict(
                 f"data.cut_limit means nothing with data.too_long={self.data.too_long}, which truncates nothing; "
@@ -295,6 +304,17 @@ class Recipe(Part):
                 f"evaluation.{other}",
             )
         return self
+
+    def _unquantized(self) -> str | None:
+        """The key with which no layer is one of plain LoRA."""
+        adapter = self.adapter
+        found = {
+            "adapter.method=full": adapter.method == "full",
+            "adapter.dora": adapter.dora,
+            "adapter.dropout": adapter.dropout > 0,
+            "device=cuda": self.device == "cuda",
+        }
+        return next((key for key, idle in found.items() if idle), None)
 
     # The last of the validators, since each wraps those above it.
     @model_validator(mode="wrap")

@@ -24,6 +24,7 @@ from truetune.data.batch import IGNORE, Batch
 from truetune.data.dataset import DataReport
 from truetune.data.stream import Stream
 from truetune.errors import UserError
+from truetune.kernels import int8_linear
 from truetune.models import adapt, export, route
 from truetune.objectives.next_token import NextToken
 from truetune.promises import PROMISES, crash, gradients
@@ -227,6 +228,22 @@ def test_a_gradient_without_its_scale(ground: Ground, monkeypatch: Patch) -> Non
 
     adapt_linear = adapt.lora_linear
     monkeypatch.setattr(adapt, "lora_linear", halved)
+    refuses("parity", ground)
+
+
+@pytest.mark.skipif(not int8_linear.available(torch.device("cpu")), reason="no compiled products of bytes")
+def test_a_gradient_of_bytes_that_is_too_long(
+    my_model: Path, my_data: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Nothing but the gradient to the input is wrong, and that only as it is trained."""
+    ground = prepared(my_model, my_data, tmp_path, "model.base=int8", "model.precision=bf16")
+    assert PROMISES["parity"](ground).passed
+    product = int8_linear._product
+
+    def wrong(quantized: Any, weight: Any, scale: Any, *others: Any) -> torch.Tensor:
+        return product(quantized, weight, scale, *others) * (1.0 if scale is not None else 1.5)
+
+    monkeypatch.setattr(int8_linear, "_product", wrong)
     refuses("parity", ground)
 
 

@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from folders import facts, invoke, keys, write_model, write_rows
 
+from truetune.kernels import int8_linear
 from truetune.promises import PROMISES
 
+BYTES = pytest.mark.skipif(not int8_linear.available(torch.device("cpu")), reason="no compiled products of bytes")
 WSD = ("schedule.name=wsd", "schedule.decay=300")
 CASES = [
     ("llama", ["adapter.lora_plus_ratio=4"]),
@@ -18,6 +21,7 @@ CASES = [
     ("llama", ["adapter.method=full", "optimizer.rate=1e-3"]),
     ("qwen2", ["adapter.method=full", "optimizer.rate=1e-3", "schedule.warmup=30", *WSD]),
     ("gpt2", ["adapter.method=full", "optimizer.rate=1e-3", "model.precision=bf16"]),
+    pytest.param("qwen2", ["model.base=int8", "model.precision=bf16"], marks=BYTES),
 ]
 
 

@@ -71,13 +71,18 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_TR: Ten
     return F.linear(x_TI, weight_OI, bias_O).addmm_(low_TR, up_OR.T)
 
 
-def through(product: Product, x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    """The operation over ``product``: (x, W, b, low, up) -> x W^T + b + low up^T, all of one dtype."""
+def through(
+    product: Product, x: Tensor, layers: Sequence[Layer], each: Sequence[tuple[Product, Product]] = ()
+) -> tuple[Tensor, ...]:
+    """The operation over ``product``: (x, W, b, low, up) -> x W^T + b + low up^T, all of one dtype.
+
+    each: in its place, of every layer one for the output and one for dx.
+    """
     for layer in layers:
         _require_frozen(layer.weight, layer.bias)
     x_TI = x.reshape(-1, x.shape[-1])
     weights, biases, a, b, scalings = zip(*layers, strict=True)
-    outputs = _LoRALinears.apply(product, scalings, x_TI, *weights, *biases, *a, *b)
+    outputs = _LoRALinears.apply((product, each), scalings, x_TI, *weights, *biases, *a, *b)
     # Viewed out here: a view made inside a custom function can't be added to in place, as some models do.
     return tuple(y_TO.view(*x.shape[:-1], -1) for y_TO in outputs)
 
@@ -88,14 +93,14 @@ def _require_frozen(weight_OI: Tensor, bias_O: Tensor | None) -> None:
 
 
 class _LoRALinears(torch.autograd.Function):
-    """``apply(product, scalings, x_TI, *weights, *biases, *a, *b)``, the last four of each layer."""
+    """``apply((product, each), scalings, x_TI, *weights, *biases, *a, *b)``, the last four of each layer."""
 
     @staticmethod
     def forward(
-        ctx: Any, product: Product, scalings: tuple[float, ...], x_TI: Tensor, *tensors: Tensor | None
+        ctx: Any, products: tuple[Product, Any], scalings: tuple[float, ...], x_TI: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         weights, biases, a, b = _by_kind(tensors)
-        ctx.product, ctx.scalings, ctx.dtype = product, scalings, x_TI.dtype
+        ctx.products, ctx.scalings, ctx.dtype = products, scalings, x_TI.dtype
         ctx.factors = [(f.dtype, f.requires_grad) for f in (*a, *b)]
         dtype = compute_dtype(x_TI, *weights)
         x_TI = x_TI.to(dtype)
@@ -104,9 +109,10 @@ class _LoRALinears(torch.autograd.Function):
             ups = [(f * s).to(dtype) for f, s in zip(b, scalings, strict=True)]
             low_TS = x_TI @ a_SI.T
             lows = low_TS.split([len(f) for f in a], 1)
+            ahead = [first for first, _ in products[1]] or [products[0]] * len(weights)
             outputs = tuple(
                 product(x_TI, weight.to(dtype), None if bias is None else bias.to(dtype), low_TR, up_OR)
-                for weight, bias, low_TR, up_OR in zip(weights, biases, lows, ups, strict=True)
+                for product, weight, bias, low_TR, up_OR in zip(ahead, weights, biases, lows, ups, strict=True)
             )
         for_a, for_b = (any(f.requires_grad for f in factors) for factors in (a, b))
         ctx.save_for_backward(x_TI if for_a else None, low_TS if for_b else None, a_SI, *weights, *ups)
@@ -120,16 +126,13 @@ class _LoRALinears(torch.autograd.Function):
         weights, ups = tensors[:count], tensors[count:]
         ranks = [up_OR.shape[1] for up_OR in ups]
         for_x, (for_a, for_b) = ctx.needs_input_grad[2], (ctx.factors[:count], ctx.factors[count:])
-        dtype = a_SI.dtype
         grad_x_TI, grads_a, grads_b = None, [None] * count, [None] * count
         with no_autocast(a_SI):
             if for_x or x_TI is not None:
                 grad_low_TS = torch.cat([g @ up_OR for g, up_OR in zip(grads, ups, strict=True)], 1)
             if for_x:
-                grad_x_TI = ctx.product(grads[0], weights[0].to(dtype).T, None, grad_low_TS, a_SI.T)
-                for grad_TO, weight_OI in zip(grads[1:], weights[1:], strict=True):
-                    grad_x_TI.addmm_(grad_TO, weight_OI.to(dtype))
-                grad_x_TI = grad_x_TI.to(ctx.dtype)
+                product, each = ctx.products
+                grad_x_TI = _for_x(product, each, grads, weights, grad_low_TS, a_SI).to(ctx.dtype)
             if x_TI is not None:
                 grads_a = [
                     g.to(own) if wanted else None
@@ -144,6 +147,27 @@ class _LoRALinears(torch.autograd.Function):
                     )
                 ]
         return None, None, grad_x_TI, *[None] * (2 * count), *grads_a, *grads_b
+
+
+def _for_x(
+    product: Product,
+    each: Sequence[tuple[Product, Product]],
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    grad_low_TS: Tensor,
+    a_SI: Tensor,
+) -> Tensor:
+    dtype = a_SI.dtype
+    if not each:
+        grad_x_TI = product(grads[0], weights[0].to(dtype).T, None, grad_low_TS, a_SI.T)
+        for grad_TO, weight_OI in zip(grads[1:], weights[1:], strict=True):
+            grad_x_TI.addmm_(grad_TO, weight_OI.to(dtype))
+        return grad_x_TI
+    grad_x_TI = each[0][1](grads[0], weights[0].to(dtype).T, None, grad_low_TS, a_SI.T)
+    none_TR, none_IR = grad_low_TS[:, :0], a_SI.T[:, :0]
+    for (_, back), grad_TO, weight_OI in zip(each[1:], grads[1:], weights[1:], strict=True):
+        grad_x_TI += back(grad_TO, weight_OI.to(dtype).T, None, none_TR, none_IR)
+    return grad_x_TI
 
 
 def _by_kind(tensors: Sequence[Any]) -> list[Sequence[Any]]:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from truetune.errors import UserError
+from truetune.kernels.int8_linear import Packed, int8_lora_linears
 from truetune.kernels.lora_linear import Layer, lora_linear, lora_linears
 from truetune.models.load import quiet
 from truetune.models.targets import adapted_linears, embeddings_name, in_full, is_tied, shortest
@@ -40,15 +41,21 @@ START = "start"
 
 
 class FusedLoraLinear(PeftLoraLinear):
-    """PEFT's LoRA layer with base and adapter computed together; anything unusual goes PEFT's way."""
+    """PEFT's LoRA layer with base and adapter computed together; anything unusual goes PEFT's way.
+
+    packed: the weight in 8 bits, where ``models.int8`` put it; a copy in float64 is computed with the weight itself.
+    """
 
     together: Together | None = None
+    packed: Packed | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self.adapts:
             return super().forward(x, *args, **kwargs)
         if self.together and all(isinstance(m, FusedLoraLinear) and m.adapts for m in self.together.layers):
             return self.together.output(self, x)
+        if self.packed is not None:
+            return _compute(x, [self])[0]
         return lora_linear(x, *self.parts)
 
     @property
@@ -62,7 +69,10 @@ class FusedLoraLinear(PeftLoraLinear):
 
 
 def _compute(x: Tensor, layers: Sequence[FusedLoraLinear]) -> tuple[Tensor, ...]:
-    return lora_linears(x, [layer.parts for layer in layers])
+    parts, packed = [layer.parts for layer in layers], [layer.packed for layer in layers]
+    if None in packed or parts[0].weight.dtype == torch.float64:
+        return lora_linears(x, parts)
+    return int8_lora_linears(x, parts, cast(Sequence[Packed], packed))
 
 
 def factors(layer: PeftLoraLinear) -> tuple[Tensor, Tensor, float]:

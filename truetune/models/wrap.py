@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from truetune.data.batch import Batch
 from truetune.models.adapt import START, low_rank
+from truetune.models.int8 import original_weights
 from truetune.models.last import narrow
 from truetune.models.route import Route, States
 from truetune.models.swap import swap, unswapped
@@ -103,7 +104,7 @@ class CausalLM(nn.Module):
 
     @contextlib.contextmanager
     def as_published(self, attention: str | None = None) -> Iterator[PreTrainedModel]:
-        """The plain Hugging Face model, in evaluation mode and with its own attention, for a while.
+        """The plain Hugging Face model, in evaluation mode, with its own attention and weights, for a while.
 
         attention: "eager" for the reference of the checks, None for what the model was loaded with.
         """
@@ -111,7 +112,7 @@ class CausalLM(nn.Module):
         self.hf.set_attn_implementation(attention or self.route.published)
         self.eval()
         try:
-            with unswapped(self.hf):
+            with unswapped(self.hf), original_weights(self.hf):
                 yield self.hf
         finally:
             self.train(training)

@@ -18,6 +18,7 @@ from truetune.checks.preflight import distance, off
 from truetune.data.batch import Batch, Document
 from truetune.data.packing import best_fit_decreasing
 from truetune.models.adapt import unfused
+from truetune.models.int8 import reference_base
 from truetune.models.route import disproof
 from truetune.models.router import Router
 from truetune.models.wrap import CausalLM
@@ -81,11 +82,11 @@ def parity(ground: Ground) -> Verdict:
     verdict = _close(ground, truth, found, "of plain Hugging Face's", advice, slack=10 if ground.exact else 1)
     if ground.exact:
         # As it is trained, our error may be twice the plain one's: the rest is what rounding does by chance.
-        ours, theirs = (
-            distance(g, truth[1])
-            for _, g in (measure(model, objective, [documents]), plain(model, documents, objective.router))
-        )
+        with reference_base(model.hf):
+            beside = plain(model, documents, objective.router)
+        ours, theirs = (distance(g, truth[1]) for _, g in (measure(model, objective, [documents]), beside))
         dtype, bound = str(model.dtype).removeprefix("torch."), 2 * theirs + EXACT
+        dtype += f" over {ground.recipe.model.base}" if ground.recipe.model.base else ""
         told = f"{verdict.figure}; in {dtype} its error is {ours:.1e}, plain {theirs:.1e} (bound {bound:.0e})"
         verdict = replace(verdict, passed=verdict.passed and ours <= bound, figure=told)
     exports = ground.run.facts["exports"]

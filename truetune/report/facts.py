@@ -92,6 +92,7 @@ def model(run: Run) -> list[Row]:
         ("Parameters", whole, count),
         ("Trainable", get("model.trainable"), partial(_part, whole=whole)),
         ("Precision", get("model.precision"), str),
+        ("Frozen base in training", get("model.base"), str),
         ("Packing route", get("model.route"), str),
         ("License", get("model.license"), str),
     )

@@ -11,6 +11,7 @@ import torch
 from truetune.data.batch import Batch, Document
 from truetune.data.packing import best_fit_decreasing
 from truetune.models.generate import answer
+from truetune.models.int8 import original_weights
 from truetune.models.load import Loaded
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
@@ -22,6 +23,8 @@ PROMPT_OF_TEXT = 16
 
 class Evaluator:
     """Loss per target token over ``documents``, packed into batches of at most ``capacity`` tokens; no weights.
+
+    A base that is trained upon in 8 bits is its original here: that is what the adapter will stand on.
 
     sources: name of a source -> places of its documents; where there are several, each has its own loss as well.
     """
@@ -47,7 +50,8 @@ class Evaluator:
         of_document: dict[int, tuple[float, int]] = {}
         for pack in self.packs:
             batch = Batch.of([self.documents[i] for i in pack], model.device)
-            terms = self.objective(model, batch)
+            with original_weights(model):
+                terms = self.objective(model, batch)
             total += float(terms.losses.double().sum())
             right += int(terms.correct.sum())
             count += len(terms.losses)
