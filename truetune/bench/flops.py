@@ -4,10 +4,9 @@ Chowdhery et al. 2022 (PaLM), appendix B, made exact for fine-tuning. A product 
 output, 2N for the gradient of its input and, only if its weights are trained, 2N for theirs. LoRA's factors are
 products that are trained. The head is needed at targets alone. Attention is causal and within a document: token i of it
 meets i keys, in two products forward and four backward. Padding, logits of other tokens, gradients of frozen weights
-and whatever is computed twice are not needed, nor is a prefix that documents of a step share, but once. Left out, below
-1 % here: norms, activations, the softmax, the optimizer, and that under LoRA the first layer's input needs no gradient.
-Counted although they are not needed, 2 to 4 % here: of the last layer, all but keys and values of tokens that predict
-no target. Stacked experts are refused.
+and whatever is computed twice are not needed, nor is a prefix that documents of a step share, but once, nor of the
+last layer all but keys and values of tokens that predict no target. Left out, below 1 % here: norms, activations, the
+softmax, the optimizer, and that under LoRA the first layer's input needs no gradient. Stacked experts are refused.
 """
 
 from __future__ import annotations
@@ -29,12 +28,14 @@ from truetune.models.load import skeleton
 @dataclass(frozen=True)
 class Cost:
     """Multiply-adds: ``layers`` of all products of a token but the head's, of the ``head``, of ``low_rank`` factors
-    (0 where every weight is trained), and of ``attention`` for each pair of a token and a key, all layers together."""
+    (0 where every weight is trained), and of ``attention`` for each pair of a token and a key, all layers together;
+    unread: of products, factors and a pair, those of the last layer that a token without a target does not need."""
 
     layers: int
     head: int
     low_rank: int
     attention: int
+    unread: tuple[int, int, int] = (0, 0, 0)
 
     @classmethod
     def of(cls, config: PreTrainedConfig, rank: int | None) -> Cost:
@@ -48,20 +49,23 @@ class Cost:
             )
         products = [m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return cls(
-            sum(weight.numel() for weight in products),
-            head.weight.numel(),
-            sum(rank * sum(weight.shape) for weight in products) if rank else 0,
-            text.num_hidden_layers * text.num_attention_heads * 2 * size,
-        )
+        keys = size * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        depth, attention = text.num_hidden_layers, text.num_attention_heads * 2 * size
+        layers = sum(weight.numel() for weight in products)
+        low_rank = sum(rank * sum(weight.shape) for weight in products) if rank else 0
+        of_keys = 2 * text.hidden_size * keys, 2 * (rank or 0) * (text.hidden_size + keys)  # and of values
+        unread = layers // depth - of_keys[0], low_rank // depth - of_keys[1], attention
+        return cls(layers, head.weight.numel(), low_rank, depth * attention, unread)
 
     def step(self, documents: Sequence[Document]) -> int:
         """FLOPs of forward and backward over the documents of one optimizer step."""
         packs = packed_by_prefix(documents, sum(map(len, documents)))
         order = documents if packs is None else [documents[i] for pack in packs for i in pack]
         batch = Batch.of(order, shares=packs is not None)
-        tokens, targets = len(batch.tokens), int((batch.labels != IGNORE).sum())
-        pairs = int((batch.positions + 1).sum())
-        both = 2 * (self.layers * tokens + self.head * targets)  # output, and gradient of the input
+        seen, read = batch.positions + 1, batch.labels != IGNORE
+        tokens, targets, pairs = len(seen), int(read.sum()), int(seen.sum())
+        without = tokens - targets, tokens - targets, int(seen[~read].sum())
+        idle = [n * amount for n, amount in zip(without, self.unread, strict=True)]
+        both = 2 * (self.layers * tokens - idle[0] + self.head * targets)  # output, and gradient of the input
         weights = 0 if self.low_rank else both // 2
-        return 2 * (both + weights + 3 * self.low_rank * tokens + 3 * self.attention * pairs)
+        return 2 * (both + weights + 3 * (self.low_rank * tokens - idle[1]) + 3 * (self.attention * pairs - idle[2]))

@@ -34,7 +34,9 @@ def test_known_shapes_need_what_was_counted_by_hand(
 ) -> None:
     chosen = _random_documents(4, documents, 1000)
     tokens = sum(map(len, chosen))
-    assert Cost.of(config(name), rank).step(chosen) / tokens == pytest.approx(per_token, rel=0.02)
+    cost = Cost.of(config(name), rank)
+    assert replace(cost, unread=(0, 0, 0)).step(chosen) / tokens == pytest.approx(per_token, rel=0.02)
+    assert 0.92 < cost.step(chosen) / tokens / per_token < 0.995
 
 
 def document(tokens: Sequence[int], targets: int = 0) -> Document:
@@ -50,6 +52,15 @@ def test_each_part_is_counted_once() -> None:
     frozen = replace(cost, low_rank=10)
     assert frozen.step([document([4, 5], 1)]) == 2 * (4 * 100 + 6 * 10) + 4 * 30 + 3 * 6 * 7
     assert cost.step([three]) - cost.step([one, one, one]) == 6 * 7 * 3  # three more pairs than three documents alone
+
+
+def test_of_the_last_layer_a_token_without_a_target_needs_keys_and_values() -> None:
+    cost = Cost.of(config("small"), RANK)
+    idle = replace(cost, unread=(0, 0, 0)).step([document([4, 5, 6], 1)]) - cost.step([document([4, 5, 6], 1)])
+    rest = 2 * 384 * 384 + 3 * 384 * 2304  # queries, output, gate, up and down; 384 = 6 heads of 64
+    factors = 2 * 16 * (384 + 384) + 3 * 16 * (384 + 2304)
+    unread = 2  # tokens 0 and 2; token 1 predicts the target
+    assert idle == unread * (4 * rest + 6 * factors) + 6 * (1 + 3) * 2 * 384
 
 
 def test_a_shared_prefix_is_needed_once() -> None:
