@@ -114,11 +114,11 @@ def environment(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "kernels": _compiled() if device.type == "cpu" else "torch",
+        "kernels": compiled() if device.type == "cpu" else "torch",
     }
 
 
-def _compiled() -> str:
+def compiled() -> str:
     """The kernels that were compiled for this processor and are used."""
     native = [name for name in FAST_PATHS if name.startswith("native_")]
     return ", ".join(name for name in native if is_on(name) and kernels()) or "torch"
@@ -148,6 +148,7 @@ def model_facts(job: Job) -> dict[str, Any]:
         "route": model.route.name,
         "route_reason": model.route.reason,
         "unshared": job.unshared,
+        "last_layer_whole": model.route.whole,
         "notes": list(job.notes),
         "template_sha256": job.train.report.template,
         "license": None,

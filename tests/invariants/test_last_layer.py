@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from tiny import QUICK, random_documents, tiny, wrap
@@ -30,7 +33,7 @@ def test_in_float64_it_is_the_same_training(family: str, lora: bool, monkeypatch
     narrow = wrap(tiny(family), lora).double()
     monkeypatch.setenv("TRUETUNE_OFF", "narrow_last_layer")
     wide = wrap(tiny(family), lora).double()
-    assert narrow.route.narrow and not wide.route.narrow
+    assert narrow.route.whole is None and wide.route.whole == "turned off by TRUETUNE_OFF"
     with torch.no_grad():
         for model in (narrow, wide):
             torch.manual_seed(5)
@@ -55,9 +58,18 @@ def test_the_feed_forward_of_the_last_layer_sees_what_is_read(every: bool) -> No
     torch.testing.assert_close(hidden, model.hidden(batch)[read], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_micro_batch_without_a_target(lora: bool) -> None:
+    model = wrap(tiny("llama"), lora)
+    documents = random_documents(2)
+    without = Batch.of([replace(d, targets=np.zeros_like(d.targets)) for d in documents])
+    loss, *found = gradients(model, without)
+    assert loss == 0 and not any(g.any() for g in found)
+
+
 def test_models_that_do_not_allow_it_compute_all() -> None:
-    assert not wrap(tiny("gpt2")).route.narrow  # its layer asks for the shape of all tokens
-    assert not wrap(tiny("falcon alibi")).route.narrow
+    assert "shape" in (wrap(tiny("gpt2")).route.whole or "")  # its layer asks for that of all tokens
+    assert wrap(tiny("falcon alibi")).route.whole == "documents run one at a time"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +84,7 @@ def test_a_broken_one_is_not_taken(name: str, broken: object, monkeypatch: pytes
     model = tiny("llama")
     decoder = measure_tail(model).decoder
     monkeypatch.setattr(last.Reading, name, broken)
-    assert not choose_route(model, decoder).narrow
+    assert choose_route(model, decoder).whole
 
 
 def test_a_layer_that_mixes_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

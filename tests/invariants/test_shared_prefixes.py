@@ -210,11 +210,9 @@ def test_the_preflight_sees_a_prefix_that_is_forgotten(monkeypatch):
     trainer = tiny_trainer(
         wrap(tiny("llama"), True), tree(), tokens_per_step=250, tokens_per_micro_batch=250, shares=True
     )
-    documents = random_documents(2, longest=40)
-    documents = [documents[0], replace(documents[1], targets=np.arange(len(documents[1])) > 0)]
-    assert all(v.passed for v in shared_prefix(trainer.model, trainer, documents))
+    assert all(v.passed for v in shared_prefix(trainer.model, trainer))
     monkeypatch.setattr(routes, "packed_attention", unseen)
-    assert [v.passed for v in shared_prefix(trainer.model, trainer, documents)] == [False, False]
+    assert [v.passed for v in shared_prefix(trainer.model, trainer)] == [False, False]
 
 
 def test_a_run_shares_by_itself_and_tells_it(my_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

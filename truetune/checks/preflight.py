@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from truetune.data.batch import IGNORE, Batch, Document
+from truetune.data.prefixes import sharing_pairs
 from truetune.models.adapt import unfused
 from truetune.models.load import Loaded
 from truetune.models.wrap import CausalLM
@@ -51,7 +52,7 @@ class Preflight:
                 verdicts += parity(trainer.model, trainer, documents)
                 verdicts += neighbours(trainer.model, trainer, documents)
                 if any(batch.shared for batch in trainer.batches(0)):
-                    verdicts += shared_prefix(trainer.model, trainer, documents)
+                    verdicts += shared_prefix(trainer.model, trainer)
         return Checks(trainer.step, tuple(verdicts), self.shown(documents[0]))
 
     def shown(self, document: Document) -> str:
@@ -244,14 +245,13 @@ def neighbours(model: CausalLM, trainer: Trainer, documents: Sequence[Document])
     return _unchanged("neighbours do not change my", model.dtype, worst_loss, worst_gradient, advice)
 
 
-def shared_prefix(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
-    """Loss and gradient of two documents that begin alike, that beginning computed once, against computed twice."""
-    first, rest = documents[0], documents[1]
-    last = replace(rest, tokens=np.random.default_rng(0).permutation(rest.tokens))
-    pair = [
-        Document(np.append(first.tokens, d.tokens), np.append(first.targets, d.targets), first.row)
-        for d in (rest, last)
-    ]
+def shared_prefix(model: CausalLM, trainer: Trainer) -> list[Verdict]:
+    """Loss and gradient of two documents of the first step that begin alike, that computed once, against twice.
+
+    The two that are shortest together; there must be some that share.
+    """
+    members = [trainer.documents[i] for i in trainer.stream.step(0)]
+    pair = min(sharing_pairs(members), key=lambda pair: sum(map(len, pair)))
     model.eval()
     loss, gradient = _mine(model, trainer, pair)
     got, g = _mine(model, trainer, pair, shares=True)

@@ -8,6 +8,7 @@ the whole tree of prefixes, and each document adds to a batch only what the one 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from truetune.data.batch import Document
 from truetune.data.packing import best_fit_decreasing
@@ -25,7 +26,7 @@ def packed_by_prefix(documents: Sequence[Document], capacity: int) -> list[list[
     In a micro-batch a document stands behind the one that it shares most with, as ``Batch.of`` needs it. None where
     sharing would save less than ``PAYS``.
     """
-    order = sorted(range(len(documents)), key=lambda i: documents[i].tokens.astype(">i4").tobytes())
+    order = _by_tokens(documents)
     groups: list[list[int]] = []
     tokens: list[int] = []
     keys: list[int] = []
@@ -46,6 +47,16 @@ def packed_by_prefix(documents: Sequence[Document], capacity: int) -> list[list[
         return None
     held = [max(n, _held(k)) for n, k in zip(tokens, keys, strict=True)]
     return [[i for group in members for i in groups[group]] for members in best_fit_decreasing(held, capacity)]
+
+
+def sharing_pairs(documents: Sequence[Document]) -> list[tuple[Document, Document]]:
+    """Neighbours in the order of their tokens that have a prefix in common."""
+    order = [documents[i] for i in _by_tokens(documents)]
+    return [pair for pair in pairwise(order) if pair[1].common(pair[0])]
+
+
+def _by_tokens(documents: Sequence[Document]) -> list[int]:
+    return sorted(range(len(documents)), key=lambda i: documents[i].tokens.astype(">i4").tobytes())
 
 
 def _held(keys: int) -> int:

@@ -84,7 +84,7 @@ def through(
     weights, biases, a, b, scalings = zip(*layers, strict=True)
     outputs = _LoRALinears.apply((product, each), scalings, x_TI, *weights, *biases, *a, *b)
     # Viewed out here: a view made inside a custom function can't be added to in place, as some models do.
-    return tuple(y_TO.view(*x.shape[:-1], -1) for y_TO in outputs)
+    return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[1]) for y_TO in outputs)
 
 
 def _require_frozen(weight_OI: Tensor, bias_O: Tensor | None) -> None:

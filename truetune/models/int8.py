@@ -72,9 +72,15 @@ def original_weights(model: nn.Module) -> Iterator[None]:
     """Every layer computed with its own weight, for a while: as the adapter will be used."""
     packed = [(m, m.packed) for m in model.modules() if isinstance(m, FusedLoraLinear) and m.packed is not None]
     for layer, _ in packed:
-        layer.packed = None
+        _set_packed(layer, None)
     try:
         yield
     finally:
         for layer, again in packed:
-            layer.packed = again
+            _set_packed(layer, again)
+
+
+def _set_packed(layer: FusedLoraLinear, packed: int8_linear.Packed | None) -> None:
+    layer.packed = packed
+    if layer.together:
+        layer.together.forget()

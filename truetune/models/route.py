@@ -174,7 +174,8 @@ class Route:
     """name: its place on the ladder; states: (decoder, batch, router) -> States;
     attention: what it needs, or None for the model's own; published: the attention the model was loaded with;
     reason: why not a faster one; longest: tokens of the longest document that it is proven for, None for any;
-    narrow: whether ``states`` takes the rows that are read, for which alone the last layer (``models.last``) computes.
+    whole: why the last layer computes all rows, or None: ``states`` takes the rows that are read, and it computes those
+    alone (``models.last``).
     """
 
     name: str
@@ -183,7 +184,7 @@ class Route:
     published: str
     reason: str = ""
     longest: int | None = None
-    narrow: bool = False
+    whole: str | None = "not tried"
 
 
 def choose_route(model: PreTrainedModel, decoder: str, longest: int | None = None) -> Route:
@@ -196,8 +197,9 @@ def choose_route(model: PreTrainedModel, decoder: str, longest: int | None = Non
     flat = Route("flat", _flat, ATTENTION, published, longest=longest)
     reason = disproof(model, decoder, flat)
     if reason is None:
-        return replace(flat, narrow=is_on("narrow_last_layer") and narrow_disproof(model, decoder, flat) is None)
-    alone = Route("alone", _alone, None, published, reason, longest)
+        off = None if is_on("narrow_last_layer") else "turned off by TRUETUNE_OFF"
+        return replace(flat, whole=off or narrow_disproof(model, decoder, flat))
+    alone = Route("alone", _alone, None, published, reason, longest, "documents run one at a time")
     fault = disproof(model, decoder, alone)
     if fault is None:
         return alone

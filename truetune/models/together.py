@@ -5,6 +5,7 @@ The model's code stays as it is: it calls one layer after the other, and those a
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Together:
-    """Layers of one input. compute: (x, layers) -> their outputs in order."""
+    """Layers of one input. compute: (x, layers) -> their outputs in order.
+
+    Outputs wait for x itself, unchanged, and for the parameters that they were computed with.
+    """
 
     def __init__(self, layers: Sequence[Any], compute: Callable[[Tensor, Sequence[Any]], Sequence[Tensor]]) -> None:
         self.layers, self.compute = tuple(layers), compute
@@ -26,8 +30,10 @@ class Together:
 
     def output(self, layer: Any, x: Tensor) -> Tensor:
         """Of ``layer``, which is one of ``layers``, for x."""
-        version = 0 if x.is_inference() else x._version
-        state = (version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        tensors = (x, *(p for each in self.layers for p in each.parameters()))
+        state = (torch.is_grad_enabled(), dtype, *(0 if t.is_inference() else t._version for t in tensors))
         if self._x is not x or self._state != state or layer not in self._waiting:
             self._x, self._state = x, state
             self._waiting = dict(zip(self.layers, self.compute(x, self.layers), strict=True))
@@ -36,6 +42,16 @@ class Together:
             self._x = None
         return y
 
+    def forget(self) -> None:
+        """Give nothing out that was computed before."""
+        self._x, self._waiting = None, {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Together:
+        """Of copies of the layers, with nothing waiting."""
+        made = memo[id(self)] = Together((), self.compute)
+        made.layers = copy.deepcopy(self.layers, memo)
+        return made
+
 
 @torch.no_grad()
 def of_one_input(model: PreTrainedModel) -> list[list[str]]:
@@ -43,7 +59,7 @@ def of_one_input(model: PreTrainedModel) -> list[list[str]]:
     read: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
-        return lambda _module, args: read.__setitem__(name, args[0])
+        return lambda _module, args: read.update({name: args[0]} if args else {})
 
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     hooks = [m.register_forward_pre_hook(note(n)) for n, m in linears]

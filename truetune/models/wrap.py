@@ -59,9 +59,9 @@ class CausalLM(nn.Module):
         self.route = route
         self.dtype = dtype
         self.train(model.training)
-        swap(self.hf, self.autocast)
-        if route.narrow:
+        if not route.whole:
             narrow(self.hf.get_submodule(tail.decoder))
+        swap(self.hf, self.autocast)
         self.hf.set_attn_implementation(route.attention or route.published)
 
     @property
@@ -84,7 +84,7 @@ class CausalLM(nn.Module):
 
         rows: int64 [N], ascending: only their states, [N, D].
         """
-        if rows is None or not self.route.narrow:
+        if rows is None or not len(rows) or self.route.whole:
             hidden = self.states(batch).hidden
             return hidden if rows is None else hidden[rows]
         return self.route.states(self.hf.get_submodule(self.tail.decoder), batch, rows=rows).hidden

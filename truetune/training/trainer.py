@@ -344,6 +344,7 @@ class Trainer:
             if b.shared is not None:
                 tensors[f"{i}/shared_rows"] = torch.from_numpy(b.shared.rows)
                 tensors[f"{i}/shared_lengths"] = torch.tensor(b.shared.lengths)
+                tensors[f"{i}/shared_times"] = torch.from_numpy(b.shared.times)
         rows = [self.documents[i].row for i in self.stream.step(self.step)]
         facts = {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}
         weights, state = self.state()

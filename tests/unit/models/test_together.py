@@ -1,6 +1,7 @@
 """Layers of one input compute together, and nobody can tell but by the clock."""
 
 import contextlib
+import copy
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def test_one_computation_for_all(pair: Together) -> None:
     assert doubled.calls == 2  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("change", ["written to", "gradients", "another"])
+@pytest.mark.parametrize("change", ["written to", "gradients", "another", "trained", "forgotten"])
 def test_nothing_of_before_is_given_out(pair: Together, change: str) -> None:
     first, second = pair.layers
     x = torch.randn(5, 3)
@@ -42,6 +43,10 @@ def test_nothing_of_before_is_given_out(pair: Together, change: str) -> None:
             x.mul_(2)
         if change == "another":
             x = x.clone()
+        if change == "trained":
+            second.weight.add_(1)
+        if change == "forgotten":
+            pair.forget()
     with torch.set_grad_enabled(change == "gradients"):
         y = pair.output(second, x)
     assert torch.equal(y, second(x))
@@ -60,6 +65,15 @@ def test_nothing_is_held_once_all_are_given_out(pair: Together) -> None:
         pair.output(layer, x)
     assert pair._x is None
     assert not pair._waiting
+
+
+def test_a_copy_is_of_the_layers_and_holds_nothing(pair: Together) -> None:
+    x = torch.randn(5, 3)
+    pair.output(pair.layers[0], x)
+    made = copy.deepcopy(pair)
+    assert not made._waiting
+    assert made.layers[0] is not pair.layers[0]
+    assert torch.equal(made.output(made.layers[1], x), pair.output(pair.layers[1], x))
 
 
 def test_queries_keys_and_values_are_found() -> None:

@@ -15,8 +15,7 @@ from truetune.assembly import build_model, build_optimizer, why_unshared
 from truetune.checks.preflight import Preflight
 from truetune.data.batch import Document
 from truetune.data.stream import Stream
-from truetune.kernels.native.build import kernels
-from truetune.kernels.op import FAST_PATHS, is_on
+from truetune.facts import compiled
 from truetune.models.router import choose_router
 from truetune.objectives.next_token import NextToken
 from truetune.schedules import SCHEDULES
@@ -62,8 +61,7 @@ def main() -> None:
     records = watch(trainer.steps())
     verdicts = [asdict(v) for v in next(r for r in records if isinstance(r, Checks)).verdicts]
     alarms: list[str] = []
-    native = [name for name in FAST_PATHS if is_on(name) and kernels()]
-    side.ready(model.trainable().values(), ("torch", "transformers", "peft", "truetune"), kernels=native)
+    side.ready(model.trainable().values(), ("torch", "transformers", "peft", "truetune"), kernels=compiled())
     for _ in side.steps:
         side.begin()
         while not isinstance(record := next(records), Step):

@@ -72,7 +72,8 @@ struct Forward {
     std::fill_n(sum, group * rows, 0.0f);
     const Index head = item.key_head * group;
     for (Index g = 0; g < group; g++)
-      pack_rows<E>(queries + g * rows * words(), q.at(head + g, item.queries + item.first), q.token, count, rows, shape.size);
+      pack_rows<E>(queries + g * rows * words(), q.at(head + g, item.queries + item.first), q.token, count, rows,
+                   shape.size);
     for (Index key = down(std::max<Index>(0, item.first - shape.window + 1), KEYS); key < item.end; key += KEYS) {
       const Index there = std::min(KEYS, item.length - key);
       pack_transposed<E>(keys, k.at(item.key_head, item.start + key), k.token, there, shape.size);

@@ -62,7 +62,8 @@ void norm(const Tensor& x, const Tensor& weight, const Tensor& residual, float e
       if (residual.defined()) {
         const T* other = data<T>(residual) + row * size;
         T* to = data<T>(sum) + row * size;
-        for (Index i = 0; i < size; i += LANES) write<E>(to + i, read(s + i, size - i) + read(other + i, size - i), size - i);
+        for (Index i = 0; i < size; i += LANES)
+          write<E>(to + i, read(s + i, size - i) + read(other + i, size - i), size - i);
         s = to;
       }
       Vec squares{};
@@ -201,8 +202,10 @@ void gate_up(const Tensor& gate, const Tensor& up, bool tanh, const Tensor& out)
   const T *gates = data<T>(gate), *ups = data<T>(up);
   T* to = data<T>(out);
   each_block(gate.numel(), ELEMENTS, [=](Index first, Index last) {
-    for (Index i = first; i < last; i += LANES)
-      write<E>(to + i, activate<E::TERMS>(read(gates + i, last - i), tanh, nullptr) * read(ups + i, last - i), last - i);
+    for (Index i = first; i < last; i += LANES) {
+      const Vec act = activate<E::TERMS>(read(gates + i, last - i), tanh, nullptr);
+      write<E>(to + i, act * read(ups + i, last - i), last - i);
+    }
   });
 }
 
