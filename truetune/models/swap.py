@@ -159,8 +159,9 @@ def _made(plain: type[nn.Module], way: _Way) -> type[nn.Module]:
 
 
 def subclass(plain: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """``plain`` with another forward, marked as ``Swapped``."""
-    return type(plain.__name__, (Swapped, plain), {"plain": plain, "forward": forward})
+    """``plain``, which may be made here itself, with another forward, marked as ``Swapped``."""
+    author = cast(Any, plain).plain if issubclass(plain, Swapped) else plain
+    return type(plain.__name__, (Swapped, plain), {"plain": author, "forward": forward})
 
 
 def _observe(module: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
