@@ -160,8 +160,9 @@ def _made(plain: type[nn.Module], way: _Way) -> type[nn.Module]:
 
 def subclass(plain: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
     """``plain``, which may be made here itself, with another forward, marked as ``Swapped``."""
-    author = cast(Any, plain).plain if issubclass(plain, Swapped) else plain
-    return type(plain.__name__, (Swapped, plain), {"plain": author, "forward": forward})
+    if issubclass(plain, Swapped):
+        return type(plain.__name__, (plain,), {"forward": forward})
+    return type(plain.__name__, (Swapped, plain), {"plain": plain, "forward": forward})
 
 
 def _observe(module: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
