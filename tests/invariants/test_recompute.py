@@ -98,10 +98,13 @@ def test_gradients_are_the_same_bit_for_bit(
         assert len({i for i in range(LAYERS) if calls.count(i) == 2 * documents} - {LAYERS - 1}) == count
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @WAYS
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon alibi"])
-def test_what_is_kept_is_within_the_budget_and_near_it(family: str, lora: bool, options: dict[str, float]) -> None:
-    model = wrap(deep(family), lora, torch.bfloat16, **options)
+def test_what_is_kept_is_within_the_budget_and_near_it(
+    family: str, lora: bool, options: dict[str, float], dtype: torch.dtype
+) -> None:
+    model = wrap(deep(family), lora, dtype, **options)
     batch = Batch.of(random_documents(9, seed=4, longest=120))
     everything = kept_by(model, batch)
     model.eval()
