@@ -86,7 +86,7 @@ def set_recomputed(layers: nn.ModuleList, count: int) -> None:
 
 def _again(plain: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (self.recomputed and torch.is_grad_enabled()):
+        if not self.recomputed:
             return plain.forward(self, *args, **kwargs)
         # To its end, so that layers which compute together leave nothing behind.
         return checkpoint(partial(plain.forward, self), *args, use_reentrant=False, early_stop=False, **kwargs)
