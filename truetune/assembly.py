@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -76,6 +78,8 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
     tell("loading", recipe.model.path)
     loaded, model = build_model(recipe)
     train_rows, held_out_rows = (sum(len(choice.rows) for choice in side) for side in chosen)
+    if recipe.train.activation_memory is not None:
+        model.keep_within(round(recipe.train.activation_memory * 2**30))
     tell("tokenising", f"{train_rows:,} rows to train on and {held_out_rows:,} held out")
     renderer = build_renderer(recipe, loaded.tokenizer, loaded.stop_ids)
     train, evaluation = (tokenized(recipe, rows, renderer) for rows in chosen)
@@ -85,6 +89,7 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
     if isinstance(model.model, PeftModel) and (reach := coverage(model.model)).experts:
         notes.append(str(reach))
     stream = build_stream(recipe, train.lengths)
+    notes += _told(recomputation(recipe, model, train.lengths))
     notes += [
         f"less than one row of {part.name} is trained on in this run; raise its weight"
         for part, source in zip(train.parts, sources_of(recipe), strict=True)
@@ -123,6 +128,45 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
     )
     torch.manual_seed(recipe.train.seed)
     return Job(recipe, trainer, loaded, train, evaluation, tuple(notes), unshared)
+
+
+def recomputation(recipe: Recipe, model: CausalLM, lengths: Sequence[np.ndarray]) -> dict[str, int] | None:
+    """Of the largest micro-batch that documents of these tokens, source by source, could make: its tokens, how many
+    layers are computed again in its backward pass, and the bytes that are kept and may be. None without a budget."""
+    if model.budget is None:
+        return None
+    ordered, train = np.sort(np.concatenate(lengths))[::-1], recipe.train
+    most = min(train.tokens_per_micro_batch, train.tokens_per_step - 1 + int(ordered[0]))
+    filled = np.diff(ordered.cumsum().clip(max=most), prepend=0)
+    filled = filled[filled > 0]
+    count = model.budget.recomputed(filled)
+    return {
+        "tokens": int(filled.sum()),
+        "recomputed": count,
+        "layers": len(model.budget.layers),
+        "bytes": model.budget.needs(filled)[count],
+        "limit": model.budget.limit,
+    }
+
+
+def _told(found: dict[str, int] | None) -> list[str]:
+    if found is None or (not found["recomputed"] and found["bytes"] <= found["limit"]):
+        return []
+    again = (
+        f"{found['recomputed']} of {found['layers']} layers are computed again in the backward pass of a micro-batch "
+        f"of up to {found['tokens']:,} tokens"
+    )
+    if found["bytes"] <= found["limit"]:
+        return [f"{again}, so that layers keep {_gib(found['bytes'])} of {_gib(found['limit'])} GiB"]
+    return [
+        f"{again}, yet layers keep {_gib(found['bytes'])} GiB, more than train.activation_memory "
+        f"({_gib(found['limit'])}); raise it to that, or lower train.tokens_per_micro_batch"
+    ]
+
+
+def _gib(size: int) -> str:
+    """Rounded up, so that it is enough."""
+    return f"{math.ceil(size / 2**30 * 1000) / 1000:g}"
 
 
 def why_unshared(model: CausalLM, router: Router | None) -> str | None:

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel
 
 import truetune
 from truetune import versions
-from truetune.assembly import Job
+from truetune.assembly import Job, recomputation
 from truetune.errors import UserError
 from truetune.kernels.native.build import kernels
 from truetune.kernels.op import FAST_PATHS, is_on
@@ -149,6 +149,7 @@ def model_facts(job: Job) -> dict[str, Any]:
         "route_reason": model.route.reason,
         "unshared": job.unshared,
         "last_layer_whole": model.route.whole,
+        "backward": recomputation(job.recipe, model, job.train.lengths),
         "notes": list(job.notes),
         "template_sha256": job.train.report.template,
         "license": None,

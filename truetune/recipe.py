@@ -186,6 +186,12 @@ class Train(Part):
     tokens: int | None = Field(None, gt=0, description="length of the run in tokens, whole steps")
     tokens_per_step: int = Field(2048, gt=0, description="a step takes documents until it has this many")
     tokens_per_micro_batch: int = Field(2048, gt=0, description="at most this many in memory at once")
+    activation_memory: float | None = Field(
+        None,
+        gt=0,
+        description="GiB that layers may keep of a micro-batch for the backward pass, which computes the rest again; "
+        "default: all",
+    )
     clip: float | None = Field(1.0, gt=0, description="largest L2 norm of the gradient")
     router_loss: float | None = Field(
         None,

@@ -167,3 +167,12 @@ def test_what_it_can_not_do_is_the_references(taken: list[str]) -> None:
     gated(x.float(), x.float(), "gelu")
     gated(x.float(), x.bfloat16())
     assert not taken
+
+
+def test_what_a_rotation_keeps_is_autograds_to_count() -> None:
+    """Or else what layers keep (``models.recompute``) is measured wrongly."""
+    kept: list[int] = []
+    x, tables = torch.randn(2, 5, 8, requires_grad=True), [torch.randn(5, 8, dtype=torch.bfloat16) for _ in range(2)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        pointwise.Rope.apply(x, *tables)
+    assert kept == [5 * 8 * 4] * 2

@@ -63,12 +63,17 @@ class Reading:
         return out_HTe if self.others is None else out_HTe.index_select(1, self.rows)
 
 
-def narrow(decoder: nn.Module) -> None:
-    """Let the last layer of ``decoder`` compute only what is read, where it is told. Raises ValueError without one."""
+def stack(decoder: nn.Module) -> nn.ModuleList:
+    """The layers of ``decoder``. Raises ValueError unless they are in one list."""
     stacks = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m)]
     if len(stacks) != 1:
         raise ValueError(f"{len(stacks)} stacks of layers")
-    layer = stacks[0][-1]
+    return stacks[0]
+
+
+def narrow(decoder: nn.Module) -> None:
+    """Let the last layer of ``decoder`` compute only what is read, where it is told. Raises ValueError without one."""
+    layer = stack(decoder)[-1]
     if not isinstance(layer, Swapped):
         layer.__class__ = subclass(type(layer), _narrowed(type(layer)))
 

@@ -28,6 +28,7 @@ from truetune.kernels.op import is_on
 from truetune.kernels.pieces import Ranges, pieces
 from truetune.models.last import Reading, narrow
 from truetune.models.load import quiet
+from truetune.models.recompute import recomputable, set_recomputed
 from truetune.models.small import scaling_begins, small_copy
 
 ATTENTION = "truetune"
@@ -214,10 +215,7 @@ def choose_route(model: PreTrainedModel, decoder: str, longest: int | None = Non
 
 def disproof(model: PreTrainedModel, decoder: str, route: Route) -> str | None:
     """Why ``route`` is not right for models like ``model``, or None when it is."""
-    lengths = (7, 1, 13, 10, 4)
-    tokens = torch.randint(3, 60, (sum(lengths),), generator=torch.Generator().manual_seed(0))
-    batch = Batch(tokens, tokens, torch.cat([torch.arange(n) for n in lengths]), lengths)
-    return _disproof(model, decoder, route, batch, route.states, "packed" if route.attention else "other")
+    return _disproof(model, decoder, route, _ragged(), route.states, "packed" if route.attention else "other")
 
 
 def sharing_disproof(model: PreTrainedModel, decoder: str, route: Route) -> str | None:
@@ -256,6 +254,23 @@ def narrow_disproof(model: PreTrainedModel, decoder: str, route: Route) -> str |
         return chosen(route.states(decoder, batch, rows=rows).hidden)
 
     return _disproof(model, decoder, route, batch, states, "unread rows of", truth)
+
+
+def recompute_disproof(model: PreTrainedModel, decoder: str, route: Route) -> str | None:
+    """Why layers must not be computed again in the backward pass, or None where they may."""
+
+    def states(decoder: nn.Module, batch: Batch, router: bool = False) -> States:
+        layers = recomputable(decoder)
+        set_recomputed(layers, len(layers) - 1)
+        return route.states(decoder, batch, router)
+
+    return _disproof(model, decoder, route, _ragged(), states, "recomputed layers of")
+
+
+def _ragged() -> Batch:
+    lengths = (7, 1, 13, 10, 4)
+    tokens = torch.randint(3, 60, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    return Batch(tokens, tokens, torch.cat([torch.arange(n) for n in lengths]), lengths)
 
 
 def _disproof(

@@ -159,7 +159,9 @@ def _made(plain: type[nn.Module], way: _Way) -> type[nn.Module]:
 
 
 def subclass(plain: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """``plain`` with another forward, marked as ``Swapped``."""
+    """``plain``, which may be made here itself, with another forward, marked as ``Swapped``."""
+    if issubclass(plain, Swapped):
+        return type(plain.__name__, (plain,), {"forward": forward})
     return type(plain.__name__, (Swapped, plain), {"plain": plain, "forward": forward})
 
 

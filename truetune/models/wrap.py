@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from truetune.data.batch import Batch
+from truetune.errors import UserError
 from truetune.models.adapt import START, low_rank
 from truetune.models.int8 import original_weights
 from truetune.models.last import narrow
-from truetune.models.route import Route, States
+from truetune.models.recompute import Budget, measured, recomputable
+from truetune.models.route import Route, States, recompute_disproof
 from truetune.models.swap import swap, unswapped
 from truetune.models.tail import Tail
 
@@ -50,6 +52,7 @@ class CausalLM(nn.Module):
     tail:   its decoder, its output layer and what happens after it, as measured.
     route:  how documents that share a batch are kept apart, as proven.
     dtype:  what matrix products are computed in; bfloat16 means autocast, whatever the weights are.
+    budget: which layers are computed again in the backward pass, None where all keep what they made.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tail: Tail, route: Route, dtype: torch.dtype) -> None:
@@ -58,6 +61,7 @@ class CausalLM(nn.Module):
         self.tail = tail
         self.route = route
         self.dtype = dtype
+        self.budget: Budget | None = None
         self.train(model.training)
         if not route.whole:
             narrow(self.hf.get_submodule(tail.decoder))
@@ -87,11 +91,42 @@ class CausalLM(nn.Module):
         if rows is None or not len(rows) or self.route.whole:
             hidden = self.states(batch).hidden
             return hidden if rows is None else hidden[rows]
-        return self.route.states(self.hf.get_submodule(self.tail.decoder), batch, rows=rows).hidden
+        return self._states(batch, rows=rows).hidden
 
     def states(self, batch: Batch, router: bool = False) -> States:
         """The same with the logits of the routers, which choose among experts, where they are asked for."""
-        return self.route.states(self.hf.get_submodule(self.tail.decoder), batch, router)
+        return self._states(batch, router=router)
+
+    def _states(self, batch: Batch, **options: Any) -> States:
+        if self.budget:
+            self.budget.choose(batch.lengths)
+        return self.route.states(self.hf.get_submodule(self.tail.decoder), batch, **options)
+
+    def keep_within(self, limit: int) -> Budget:
+        """From now on, layers keep ``limit`` bytes for the backward pass of a batch, and the others are computed again.
+
+        Raises UserError for a model whose layers can't be computed again.
+        """
+        if reason := recompute_disproof(self.hf, self.tail.decoder, self.route):
+            raise UserError(
+                f"train.activation_memory means nothing for {type(self.hf).__name__}, whose layers can't be computed "
+                f"again in the backward pass ({reason}); remove it"
+            )
+        decoder = self.hf.get_submodule(self.tail.decoder)
+
+        def run(length: int) -> States:
+            tokens = torch.arange(length, device=self.device) % len(self.head.weight)
+            return self.route.states(
+                decoder, Batch(tokens, tokens, torch.arange(length, device=self.device), (length,))
+            )
+
+        layers, training = recomputable(decoder), self.training
+        self.train()  # for the masks of dropout are kept too
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), self.autocast():
+            own, handed = measured(decoder, run)
+        self.train(training)
+        self.budget = Budget(layers, limit, own, handed, by_document=self.route.attention is None)
+        return self.budget
 
     def forward(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
         return self.hidden(batch, rows)

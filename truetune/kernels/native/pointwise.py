@@ -68,14 +68,15 @@ class Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_HTd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        ctx.tables = cos_TR.float().contiguous(), sin_TR.float().contiguous()
-        out_HTd: Tensor = _compiled().rope(_inner(x_HTd), *ctx.tables, False)
+        tables = cos_TR.float().contiguous(), sin_TR.float().contiguous()
+        ctx.save_for_backward(*tables)
+        out_HTd: Tensor = _compiled().rope(_inner(x_HTd), *tables, False)
         return out_HTd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_HTd: Tensor) -> tuple[Tensor | None, ...]:
-        return _compiled().rope(_inner(dout_HTd), *ctx.tables, True), None, None
+        return _compiled().rope(_inner(dout_HTd), *ctx.saved_tensors, True), None, None
 
 
 class Gated(torch.autograd.Function):
