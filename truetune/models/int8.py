@@ -82,5 +82,5 @@ def original_weights(model: nn.Module) -> Iterator[None]:
 
 def _set_packed(layer: FusedLoraLinear, packed: int8_linear.Packed | None) -> None:
     layer.packed = packed
-    if layer.together:
-        layer.together.forget()
+    if together := getattr(layer, "together", None):  # a layer that is PEFT's own for a while has none
+        together.forget()
