@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -101,6 +102,18 @@ def _known(linears: list[str]) -> str:
 
 
 @torch.no_grad()
+def forward_once(model: PreTrainedModel, hooks: Sequence[RemovableHandle]) -> None:
+    """Run ``model`` on a few tokens, in evaluation mode, for the sake of ``hooks``, which are removed then."""
+    training = model.training
+    model.eval()
+    try:
+        model(input_ids=torch.arange(1, 9, device=model.device)[None], use_cache=False)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+
+
 def called_linears(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers that a forward calls for a product. A layer whose weight is read directly is not one,
     nor is a router that answers with more."""
@@ -110,14 +123,7 @@ def called_linears(model: PreTrainedModel) -> list[str]:
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear | Conv1D)
     ]
-    training = model.training
-    model.eval()
-    try:
-        model(input_ids=torch.arange(1, 9, device=model.device)[None], use_cache=False)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    forward_once(model, hooks)
     return list(dict.fromkeys(called))
 
 

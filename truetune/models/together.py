@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from truetune.models.targets import forward_once
+
 
 class Together:
     """Layers of one input. compute: (x, layers) -> their outputs in order.
@@ -53,7 +55,6 @@ class Together:
         return made
 
 
-@torch.no_grad()
 def of_one_input(model: PreTrainedModel) -> list[list[str]]:
     """Names of the linear layers within one module that a forward of ``model`` calls with the very same tensor."""
     read: dict[str, Tensor] = {}
@@ -63,14 +64,7 @@ def of_one_input(model: PreTrainedModel) -> list[list[str]]:
 
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     hooks = [m.register_forward_pre_hook(note(n)) for n, m in linears]
-    training = model.training
-    model.eval()
-    try:
-        model(input_ids=torch.arange(1, 9, device=model.device)[None], use_cache=False)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    forward_once(model, hooks)
     groups = defaultdict(list)
     for name, x in read.items():
         groups[name.rpartition(".")[0], id(x)].append(name)

@@ -20,10 +20,6 @@
 #include "backward.h"
 #include "forward.h"
 
-#ifndef TRUETUNE_LIBRARY
-#define TRUETUNE_LIBRARY truetune
-#endif
-
 namespace truetune {
 namespace {
 

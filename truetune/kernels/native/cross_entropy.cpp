@@ -13,10 +13,6 @@
 
 #include "reading.h"
 
-#ifndef TRUETUNE_LIBRARY
-#define TRUETUNE_LIBRARY truetune
-#endif
-
 namespace truetune {
 namespace {
 

@@ -23,10 +23,6 @@
 #define TRUETUNE_QUADS 0
 #endif
 
-#ifndef TRUETUNE_LIBRARY
-#define TRUETUNE_LIBRARY truetune
-#endif
-
 namespace truetune {
 namespace {
 

@@ -19,6 +19,10 @@
 #include <memory>
 #include <new>
 
+#ifndef TRUETUNE_LIBRARY  // of torch.ops, which the operations belong to
+#define TRUETUNE_LIBRARY truetune
+#endif
+
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(TRUETUNE_PLAIN)
 #include <immintrin.h>
 #define TRUETUNE_PAIRS 1
