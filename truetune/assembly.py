@@ -22,6 +22,7 @@ from truetune.data import dataset, formats
 from truetune.data.batch import Document
 from truetune.data.chat import Renderer
 from truetune.errors import UserError
+from truetune.kernels.native.memory import keep_memory
 from truetune.kernels.op import is_on
 from truetune.models.adapt import add_lora
 from truetune.models.adapter import continued
@@ -219,6 +220,8 @@ def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], re
 def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     """The model, adapted as the recipe says, on its device."""
     device = pick_device(recipe.device)
+    if device.type == "cpu":
+        keep_memory()
     dtype = pick_dtype(recipe.model.precision, device)
     adapter = recipe.adapter
     # A trained weight is kept in fp32, whatever it is computed in: bf16 would round its updates away.

@@ -22,6 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FAST_PATHS = {
+    "kept_memory": "memory of freed tensors kept for the next step, and few prepared products",
     "native_attention": "attention compiled for this processor; without it torch's own",
     "native_cross_entropy": "the loss of a chunk of logits, and its gradient, in one compiled pass",
     "native_pointwise": "norms, rotary positions and gated activations compiled for this processor",
