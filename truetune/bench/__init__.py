@@ -48,6 +48,9 @@ def compare_training(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A key of the recipe; may be repeated.")
     ] = None,
     keep_memory: Annotated[bool, typer.Option(help="Let glibc keep freed memory, on all sides.")] = True,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="One side in memory at a time, started anew for every round.")
+    ] = False,
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the raw samples there, as JSON.")] = None,
 ) -> None:
     """Train beside other frameworks: same model, data, hyper-parameters and precision, in turns, on the CPU.
@@ -56,7 +59,7 @@ def compare_training(
     """
     from truetune.bench.training import Asked, compare
 
-    compare(Asked(workload, mode, peers or ["loop"], rounds, documents, keys or [], keep_memory), to)
+    compare(Asked(workload, mode, peers or ["loop"], rounds, documents, keys or [], keep_memory, apart), to)
 
 
 @app.command("table")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from truetune import versions
 from truetune.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 OURS = "truetune"
 NOISE = 0.03
 """Share of the machine that something else used, above which a round is said to be noisy."""
@@ -24,7 +24,8 @@ ROUNDS = 5
 """That a median is of, at least."""
 HEAD = (
     "workload", "side", "useful tok/s", "quartiles", "times as fast as it", "quartiles", "target tok/s", "MFU",
-    "peak memory", "first loss", "last loss (after targets)", "trained tensors that moved, checks passed",
+    "peak memory", "above imports, weights and state", "first loss", "last loss (after targets)",
+    "trained tensors that moved, checks passed",
 )  # fmt: skip
 
 
@@ -43,7 +44,8 @@ class Spread(NamedTuple):
 
 class Figures(NamedTuple):
     """What one side did. useful, target: tokens/s. ratio: how many times as fast ours was, None for ours. targets: that
-    were trained on between the first and the last of ``losses``."""
+    were trained on between the first and the last of ``losses``. above: of the peak what is left when the process as it
+    began, frozen weights, and trained ones with AdamW's two moments in fp32 are taken off."""
 
     side: str
     useful: Spread
@@ -51,6 +53,7 @@ class Figures(NamedTuple):
     ratio: Spread | None
     mfu: float
     peak_bytes: int
+    above_bytes: int
     losses: tuple[float, float]
     targets: int
     sound: str
@@ -71,6 +74,7 @@ def figures(result: dict[str, Any]) -> list[Figures]:
                 None if name == OURS else Spread.of([s / mine for s, mine in zip(seconds, ours, strict=True)]),
                 median(step["flops"] / s / p for step, s, p in zip(steps, seconds, peak, strict=True)),
                 side["peak_bytes"],
+                side["peak_bytes"] - side["started_bytes"] - result["frozen_bytes"] - 3 * 4 * side["trained"],
                 (side["warm_up"]["loss"], side["samples"][-1]["loss"]),
                 sum(step["targets"] for step in result["steps"][:-1]),
                 _sound(side),
@@ -123,6 +127,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                     f"{f.target:,.0f}",
                     f"{f.mfu:.0%}",
                     f"{f.peak_bytes / 2**30:.2f} GiB",
+                    f"{f.above_bytes / 2**30:.2f} GiB",
                     f"{f.losses[0]:.4f}",
                     f"{f.losses[1]:.4f} ({f.targets:,})",
                     f.sound,

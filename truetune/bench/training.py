@@ -15,8 +15,9 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from truetune.bench.kernels import machine
 from truetune.bench.table import FORMAT, OURS, noisy, table
 from truetune.bench.workloads import RANK, Workload, prepare
 from truetune.errors import UserError
+from truetune.models.load import skeleton
 from truetune.training.patience import write_text
 
 FOLDER = Path(__file__).parent / "peers"
@@ -36,6 +38,9 @@ GEMM, GEMM_TIMES = 2048, 5
 """Side of the square product that the peak is measured with, and how often a round does: the best counts."""
 AGREE = {"bf16": 2**-8, "fp32": 1e-4}
 """Relative difference of first losses that rounding explains: one of bfloat16, and sums in another order."""
+
+
+Start = Callable[[], Child]
 
 
 class Peer(NamedTuple):
@@ -56,7 +61,8 @@ PEERS = {
 
 
 class Asked(NamedTuple):
-    """What the command line asked for. peers: name, or name=PYTHON. keys: of the recipe, as ``prepare`` takes."""
+    """What the command line asked for. peers: name, or name=PYTHON. keys: of the recipe, as ``prepare`` takes. apart:
+    no two sides are in memory at once, so that every round begins anew and is of the same two steps."""
 
     workload: str
     mode: str
@@ -65,6 +71,7 @@ class Asked(NamedTuple):
     documents: int | None
     keys: Sequence[str]
     keep_memory: bool
+    apart: bool
 
 
 def compare(asked: Asked, to: Path | None) -> None:
@@ -77,33 +84,55 @@ def compare(asked: Asked, to: Path | None) -> None:
         raise UserError(f"--mode is lora or full, not {asked.mode}; choose one")
     if to:
         _require_place(to)
-    with tempfile.TemporaryDirectory(prefix="truetune-bench-") as name, ExitStack() as stack:
-        folder = Path(name)
-        workload = prepare(asked.workload, asked.mode, asked.rounds, folder, asked.documents, asked.keys)
-        cost = Cost.of(workload.config, RANK if asked.mode == "lora" else None)
-        result = _described(asked, workload, cost)
+    with tempfile.TemporaryDirectory(prefix="truetune-bench-") as name:
+        folder, different = Path(name), 1 if asked.apart else asked.rounds
+        workload = prepare(asked.workload, asked.mode, different, folder, asked.documents, asked.keys)
+        result = _described(asked, workload, list(pythons))
         sides = {}
         for side, python in pythons.items():
             peer = PEERS.get(side, Peer("ours", (), ""))
             command = [python, str(FOLDER / f"{peer.script}.py"), name, *peer.options]
-            log = folder / f"{side}.log"
-            sides[side] = stack.enter_context(Child(side, command, log, _environment(asked, workload, side)))
-        for side, child in sides.items():
-            result["sides"][side] = child.answer() | {"samples": []}
-        _require_same_training(result)
-        for side, child in sides.items():
-            result["sides"][side]["warm_up"] = _step(child, workload, 0)
-        _require_same_losses(result, workload)
-        for number in range(1, asked.rounds + 1):
-            _round(number, sides, workload, result)
-        for side, child in sides.items():
-            result["sides"][side] |= child.ask("end")
+            environment = _environment(asked, workload, side)
+            sides[side] = partial(Child, side, command, folder / f"{side}.log", environment)
+        (_apart if asked.apart else _together)(asked.rounds, sides, workload, result)
     print(table([result]))
     for sentence in noisy(result):
         print(f"note: {sentence}")
     if to:
         write_text(to, json.dumps(result, indent=1) + "\n")
         print(f"raw samples: {to}")
+
+
+def _together(rounds: int, sides: Mapping[str, Start], workload: Workload, result: dict[str, Any]) -> None:
+    """Every side stays in memory, and trains on."""
+    with ExitStack() as stack:
+        children = {side: stack.enter_context(start()) for side, start in sides.items()}
+        for side, child in children.items():
+            result["sides"][side] = child.answer() | {"samples": []}
+        _require_same_training(result)
+        for side, child in children.items():
+            result["sides"][side]["warm_up"] = _step(child, workload, 0)
+        _require_same_losses(result, workload)
+        for number in range(1, rounds + 1):
+            for side in _begin_round(number, result):
+                result["sides"][side]["samples"].append(_step(children[side], workload, number))
+            _say_round(number, result)
+        for side, child in children.items():
+            result["sides"][side] |= child.ask("end")
+
+
+def _apart(rounds: int, sides: Mapping[str, Start], workload: Workload, result: dict[str, Any]) -> None:
+    """One side at a time is in memory: it starts, warms up and takes one step in every round."""
+    for number in range(1, rounds + 1):
+        for side in _begin_round(number, result):
+            with sides[side]() as child:
+                found = child.answer() | {"warm_up": _step(child, workload, 0)}
+                samples = [*result["sides"].get(side, {}).get("samples", ()), _step(child, workload, 1)]
+                result["sides"][side] = found | {"samples": samples} | child.ask("end")
+        if number == 1:
+            _require_same_training(result)
+            _require_same_losses(result, workload)
+        _say_round(number, result)
 
 
 def _require_place(file: Path) -> None:
@@ -143,9 +172,10 @@ def _environment(asked: Asked, workload: Workload, side: str) -> dict[str, str]:
     }
 
 
-def _described(asked: Asked, workload: Workload, cost: Cost) -> dict[str, Any]:
+def _described(asked: Asked, workload: Workload, order: Sequence[str]) -> dict[str, Any]:
+    cost = Cost.of(workload.config, RANK if asked.mode == "lora" else None)
     steps = []
-    for documents in workload.steps:
+    for documents in [*workload.steps, *workload.steps[1:] * (asked.rounds - len(workload.steps) + 1)]:
         counted = {"tokens": sum(map(len, documents)), "targets": sum(d.target_count for d in documents)}
         steps.append(counted | {"flops": cost.step(documents)})
     found = machine()
@@ -157,11 +187,22 @@ def _described(asked: Asked, workload: Workload, cost: Cost) -> dict[str, Any]:
         "job": {key: workload.job[key] for key in ("compute", "rate", "clip", "longest", "documents", "threads")},
         "keys": list(asked.keys),
         "keep_memory": asked.keep_memory,
+        "apart": asked.apart,
+        "frozen_bytes": _frozen_bytes(asked.mode, workload),
         "data": workload.digest,
         "steps": steps,
+        "order": order,
         "rounds": [],
         "sides": {},
     }
+
+
+def _frozen_bytes(mode: str, workload: Workload) -> int:
+    """Of the weights that are not trained, each counted once where the model ties them."""
+    if mode == "full":
+        return 0
+    elements = sum(p.numel() for p in skeleton(workload.config).parameters())
+    return elements * (2 if workload.job["compute"] == "bf16" else 4)
 
 
 def _step(child: Child, workload: Workload, number: int) -> dict[str, Any]:
@@ -196,12 +237,15 @@ def _require_same_losses(result: dict[str, Any], workload: Workload) -> None:
             )
 
 
-def _round(number: int, sides: dict[str, Child], workload: Workload, result: dict[str, Any]) -> None:
-    order = list(sides)[:: 1 if number % 2 else -1]
+def _begin_round(number: int, result: dict[str, Any]) -> list[str]:
+    """The sides in the order of the round, before which the machine's products are timed."""
+    order = result["order"][:: 1 if number % 2 else -1]
     peak = {"bf16": gemm(torch.bfloat16), "fp32": gemm(torch.float32)}
     result["rounds"].append({"order": order, "gemm": peak})
-    for side in order:
-        result["sides"][side]["samples"].append(_step(sides[side], workload, number))
+    return order
+
+
+def _say_round(number: int, result: dict[str, Any]) -> None:
     tokens = result["steps"][number]["tokens"]
     speeds = "  ".join(
         f"{name} {tokens / side['samples'][-1]['seconds']:,.0f}" for name, side in result["sides"].items()

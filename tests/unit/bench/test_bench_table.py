@@ -17,7 +17,8 @@ from truetune.bench.table import Spread, figures, noisy
 def side(seconds: list[float], **more: Any) -> dict[str, Any]:
     samples = [{"seconds": s, "loss": 3.0 - i, "own_cpu": 0.9, "other_cpu": 0.01} for i, s in enumerate(seconds)]
     return {
-        "warm_up": {"loss": 4.0}, "samples": samples, "peak_bytes": 3 * 2**30, "moved": 7, "tensors": 7, **more,
+        "warm_up": {"loss": 4.0}, "samples": samples, "peak_bytes": 3 * 2**30, "moved": 7, "tensors": 7,
+        "started_bytes": 2**29, "trained": 2**20, **more,
     }  # fmt: skip
 
 
@@ -25,7 +26,8 @@ def side(seconds: list[float], **more: Any) -> dict[str, Any]:
 def result() -> dict[str, Any]:
     verdict = {"name": "no frozen tensor moved", "passed": True, "figure": "0 of 9"}
     return {
-        "format": 1,
+        "format": 2,
+        "frozen_bytes": 2**28,
         "machine": {"truetune": "0.1.0"},
         "workload": "tiny",
         "mode": "lora",
@@ -51,6 +53,7 @@ def test_figures_are_medians_over_rounds(result: dict[str, Any]) -> None:
         and ours.peak_bytes == 3 * 2**30
         and (ours.sound, slow.sound) == ("7 of 7, 1 of 1", "7 of 7")
     )
+    assert ours.above_bytes == 3 * 2**30 - 2**29 - 2**28 - 12 * 2**20
     assert ours.targets == 999 // 2 + 50 + 100
 
 
@@ -96,7 +99,7 @@ def test_table_and_picture_are_made_from_the_file(result: dict[str, Any], tmp_pa
         ("{}", "a.svg", "is no result of truetune bench training"),
         ("[", "a.svg", "is no result of truetune bench training"),
         (None, "a.svg", "can't read"),
-        ('{"format": 2, "machine": {"truetune": "9.9"}}', "a.svg", "has format 2, but truetune"),
+        ('{"format": 3, "machine": {"truetune": "9.9"}}', "a.svg", "has format 3, but truetune"),
         ("good", "a.png", "is not SVG"),
         ("good", "no/a.svg", "can't write"),
     ],

@@ -25,7 +25,7 @@ with np.load(os.path.join(folder, "documents.npz")) as arrays:
     lengths, targets = arrays["lengths"], np.split(arrays["targets"], np.cumsum(arrays["lengths"])[:-1])
 def say(**values):
     print(json.dumps(values), flush=True)
-say(trained=10, dtypes=["float32"], loaded_bytes=1, versions={})
+say(trained=10, dtypes=["float32"], started_bytes=1, loaded_bytes=1, versions={})
 for word in sys.stdin:
     mine = slice(step * job["documents"], (step + 1) * job["documents"])
     tokens, asked = int(lengths[mine].sum()), sum(int(t.sum()) for t in targets[mine])
@@ -114,6 +114,18 @@ def test_rounds_alternate_on_the_same_documents_and_every_sample_is_kept(
     assert "6.00 times" in result.stdout and "5.50 to 6.50" in result.stdout and kept["machine"]["torch"]
     assert kept["machine"]["command"] == "truetune bench training --peer good --rounds=3"
     assert sys.executable not in to.read_text()
+
+
+def test_apart_every_round_begins_anew_on_the_same_two_steps(sides: Path, tmp_path: Path) -> None:
+    to = tmp_path / "raw.json"
+    result = bench("tiny", "--peer", "good", "--apart", "--to", str(to))
+    assert result.exit_code == 0, result.output
+    kept = json.loads(to.read_text())
+    assert [s["seconds"] for s in kept["sides"]["good"]["samples"]] == [2.5, 2.5, 2.5]
+    assert [r["order"][0] for r in kept["rounds"]] == ["truetune", "good", "truetune"]
+    assert len(kept["steps"]) == 4 and kept["steps"][1] == kept["steps"][2] == kept["steps"][3] != kept["steps"][0]
+    broken = bench("tiny", "--peer", "good", "--apart", "--peer", "small")
+    assert broken.exit_code == 2 and f"error: {BROKEN['small'][2]}" in broken.stderr
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ class Side:
         size = self.job["documents"]
         self.steps = [rows[i : i + size] for i in range(0, len(rows), size)]
         torch.set_num_threads(self.job["threads"])
+        self._started_bytes = _memory("VmRSS")  # what was imported
         torch.manual_seed(0)
 
     @property
@@ -68,6 +69,7 @@ class Side:
         self._say(
             trained=sum(p.numel() for p in self._trained),
             dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in self._trained}),
+            started_bytes=self._started_bytes,
             loaded_bytes=_memory("VmRSS"),
             versions={name: version(name) for name in packages},
             **more,
