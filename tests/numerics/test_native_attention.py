@@ -224,7 +224,7 @@ def test_it_can_be_turned_off(calls: list[Tensor], monkeypatch: pytest.MonkeyPat
     packed_attention(q, k, v, (25, 5), 0.3)
     assert not calls
     monkeypatch.setenv("TRUETUNE_OFF", "native")
-    with pytest.raises(UserError, match="no fast path; choose from native_attention"):
+    with pytest.raises(UserError, match="no fast path; choose from kept_memory, native_attention"):
         packed_attention(q, k, v, (25, 5), 0.3)
 
 

@@ -19,7 +19,7 @@ struct Forward {
 
   Index bytes() const {
     const Index rows = shape.group() * FORWARD_QUERIES, slack = 16 * 64;
-    const Index numbers = rows * (words() + width() + 2) + KEYS * (words() + width() + 2 * ROWS);
+    const Index numbers = rows * (words() + width() + 1 + LANES) + KEYS * (words() + width() + 2 * ROWS);
     return 4 * numbers + slack;
   }
 
@@ -36,17 +36,18 @@ struct Forward {
         store(row + c, x);
         maxima = x > maxima ? x : maxima;
       }
-      const float before = top[i], now = std::max(before, highest(maxima));
+      const float before = top[i];
+      const Vec high = highest_everywhere(maxima), now = high > before ? high : before - Vec{};
       Vec added{};
       for (Index c = first; c < columns.end; c += LANES) {
         const Vec weight = exp2<E::TERMS>(load<Vec>(row + c) - now);
         E::store_words(weights + i * KEYS / E::PER_WORD, c, weight);
         added += weight;
       }
-      const float shrink = exp2<E::TERMS>(before - now - Vec{})[0];
-      top[i] = now;
-      sum[i] = sum[i] * shrink + total(added);
-      if (shrink == 1) continue;
+      const Vec shrink = exp2<E::TERMS>(before - now);
+      store(sum + i * LANES, load<Vec>(sum + i * LANES) * shrink + added);
+      if (now[0] == before) continue;
+      top[i] = now[0];
       for (Index c = 0; c < padded; c += LANES) {
         float* at = sums + i * padded + c;
         store(at, load<Vec>(at) * shrink);
@@ -62,14 +63,14 @@ struct Forward {
     Word* queries = arena.take<Word>(group * rows * words());
     float* sums = arena.take<float>(group * rows * padded);
     float* top = arena.take<float>(group * rows);
-    float* sum = arena.take<float>(group * rows);
+    float* sum = arena.take<float>(group * rows * LANES);
     Word* keys = arena.take<Word>(words() * KEYS);
     Word* values = arena.take<Word>(KEYS * padded);
     float* scores = arena.take<float>(ROWS * KEYS);
     Word* weights = arena.take<Word>(ROWS * KEYS);
     std::fill_n(sums, group * rows * padded, 0.0f);
     std::fill_n(top, group * rows, std::numeric_limits<float>::lowest());
-    std::fill_n(sum, group * rows, 0.0f);
+    std::fill_n(sum, group * rows * LANES, 0.0f);
     const Index head = item.key_head * group;
     for (Index g = 0; g < group; g++)
       pack_rows<E>(queries + g * rows * words(), q.at(head + g, item.queries + item.first), q.token, count, rows,
@@ -82,15 +83,16 @@ struct Forward {
         const Index query = item.first + r % rows;
         const Columns columns(query, key, shape.window);
         if (columns.empty()) continue;
-        attend(queries + r * words(), keys, values, columns, query - key, scores, weights, top + r, sum + r,
+        attend(queries + r * words(), keys, values, columns, query - key, scores, weights, top + r, sum + r * LANES,
                sums + r * padded);
       }
     }
     for (Index g = 0; g < group; g++)
       for (Index i = 0; i < count; i++) {
         const Index r = g * rows + i, token = item.queries + item.first + i;
-        store_row<E>(out.at(head + g, token), sums + r * padded, 1 / sum[r], shape.values);
-        lse[(head + g) * shape.tokens + token] = top[r] + std::log2(sum[r]);
+        const float whole = total(load<Vec>(sum + r * LANES));
+        store_row<E>(out.at(head + g, token), sums + r * padded, 1 / whole, shape.values);
+        lse[(head + g) * shape.tokens + token] = top[r] + std::log2(whole);
       }
   }
 };

@@ -18,6 +18,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <utility>
 
 #ifndef TRUETUNE_LIBRARY  // of torch.ops, which the operations belong to
 #define TRUETUNE_LIBRARY truetune
@@ -225,21 +226,36 @@ inline Vec tanh(const Vec& x) {
   return x == x ? either : x;
 }
 
-// All lanes combined, by halves.
-template <class Combine>
-inline float across(const Vec& x, Combine combine) {
-  auto lanes = bits<std::array<float, LANES>>(x);
-  for (Index half = LANES / 2; half > 0; half /= 2)
-    for (Index i = 0; i < half; i++) lanes[i] = combine(lanes[i], lanes[i + half]);
-  return lanes[0];
+// The lanes of x, moved round by `by`.
+template <Index... I>
+inline Vec turned(const Vec& x, Index by, std::integer_sequence<Index, I...>) {
+  const Ints from{static_cast<int32_t>((I + by) % LANES)...};
+#if defined(__clang__)
+  Vec to{};
+  for (Index i = 0; i < LANES; i++) to[i] = x[from[i]];
+  return to;
+#else
+  return __builtin_shuffle(x, from);
+#endif
 }
 
-inline float highest(const Vec& x) {
-  return across(x, [](float a, float b) { return a > b ? a : b; });
+// All lanes combined, by halves, in every lane.
+template <class Combine>
+inline Vec across(Vec x, Combine combine) {
+#pragma GCC unroll 8
+  for (Index half = LANES / 2; half > 0; half /= 2)
+    x = combine(x, turned(x, half, std::make_integer_sequence<Index, LANES>()));
+  return x;
 }
+
+inline Vec highest_everywhere(const Vec& x) {
+  return across(x, [](const Vec& a, const Vec& b) { return a > b ? a : b; });
+}
+
+inline float highest(const Vec& x) { return highest_everywhere(x)[0]; }
 
 inline float total(const Vec& x) {
-  return across(x, [](float a, float b) { return a + b; });
+  return across(x, [](const Vec& a, const Vec& b) { return a + b; })[0];
 }
 
 // The three layouts of `rows` rows of `n` elements that lie `stride` apart; rows up to `padded` become zeros.
