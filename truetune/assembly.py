@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -36,7 +36,17 @@ from truetune.models.small import positions_of, takes_more_positions
 from truetune.models.tail import measure_tail
 from truetune.models.wrap import CausalLM
 from truetune.objectives.next_token import NextToken
-from truetune.optim import KINDS, OPTIMIZERS, Rule, kinds_of, parameter_groups
+from truetune.optim import (
+    EMA,
+    KINDS,
+    OPTIMIZERS,
+    Growth,
+    Mechanic,
+    NaP,
+    kinds_of,
+    parameter_groups,
+    state_bytes,
+)
 from truetune.recipe import Recipe
 from truetune.rows import Part, Side, build_renderer, build_stream, choose_rows, sources_of, tokenized
 from truetune.schedules import SCHEDULES, Plan, ends_of, with_warmup
@@ -186,8 +196,9 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
     chosen = recipe.optimizer
     optimizer = registry.bind("optimizer", OPTIMIZERS, chosen.name, chosen.options)
     rule = registry.resolve("optimizer", OPTIMIZERS, chosen.name)
-    if getattr(rule, "finds_rate", False) and "rate" not in chosen.model_fields_set:
-        raise UserError(f'optimizer "{chosen.name}" finds its rate, and optimizer.rate multiplies it; set it to 1')
+    finder = "optimizer.mechanic" if chosen.mechanic else f'optimizer "{chosen.name}"'
+    if (chosen.mechanic or getattr(rule, "finds_rate", False)) and "rate" not in chosen.model_fields_set:
+        raise UserError(f"{finder} finds its rate, and optimizer.rate multiplies it; set it to 1")
     takes = getattr(rule, "takes", None)
     if takes is None and chosen.takes is not None:
         raise UserError(f'optimizer.takes means nothing with optimizer "{chosen.name}", which takes all; remove it')
@@ -201,7 +212,44 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
         )
     ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
     groups = parameter_groups(model.trainable().items(), chosen.rate, ratio, rest, chosen.rest_rate)
-    return _built(optimizer, groups, recipe)
+    hidden = [p for name, p in model.trainable().items() if kinds[name] == "matrices"]
+    return _around(_built(optimizer, groups, recipe), recipe, hidden)
+
+
+def _around(rule: Optimizer, recipe: Recipe, hidden: Sequence[Tensor]) -> Optimizer:
+    """The rule with what the recipe puts around it; hidden: the trained matrices."""
+    chosen, train = recipe.optimizer, recipe.train
+    _require_fit(rule, recipe)
+    if chosen.mechanic:
+        rule = Mechanic(rule)
+    if chosen.nap:
+        rule = NaP(rule, hidden)
+    if chosen.ema is not None:
+        rule = EMA(rule, chosen.ema)
+    return rule if train.clip_growth is None else Growth(rule, train.clip_growth)
+
+
+def _require_fit(rule: Optimizer, recipe: Recipe) -> None:
+    """Raise UserError for what means nothing around ``rule``."""
+    chosen, train = recipe.optimizer, recipe.train
+    name = f'optimizer "{chosen.name}"'
+    averages, finds, sees = (getattr(rule, trait, False) for trait in ("averages_weights", "finds_rate", "sees_loss"))
+    clipping = {"train.clip": train.clip, "train.clip_growth": train.clip_growth}
+    key = next((key for key, value in clipping.items() if value is not None), None)
+    if sees and key:
+        raise UserError(f"{name} holds each gradient against its loss, so it must not be clipped; set {key}=none")
+    own = "finds its own rate" if finds else "takes its rate from the loss" if sees else None
+    own = "keeps an average of its weights" if averages else own
+    if chosen.mechanic and own:
+        raise UserError(f"optimizer.mechanic means nothing with {name}, which {own}; remove it")
+    if chosen.ema is not None and averages:
+        raise UserError(f"optimizer.ema means nothing with {name}, which keeps an average of its own; remove it")
+    if chosen.nap and (chosen.mechanic or averages):
+        other = "optimizer.mechanic" if chosen.mechanic else name
+        raise UserError(
+            f"optimizer.nap means nothing with {other}, which goes by how far weights are from where they began; "
+            "remove one"
+        )
 
 
 def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
@@ -276,7 +324,7 @@ def disk_need(job: Job) -> int:
         whole += 4 * model.head.weight.numel()
     lora, merged, gguf = recipe.adapter.method == "lora", recipe.output.merged, recipe.output.gguf is not None
     rule = job.trainer.optimizer
-    moments = rule.state_bytes() + rule.averages_weights * trained if isinstance(rule, Rule) else 2 * trained
+    moments = state_bytes(rule) + trained * getattr(rule, "averages_weights", False)
     checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.keep_best  # one more while it is written
     checkpoints += len(ends_of(job.trainer.schedule))
     weights = (kept + whole * merged if lora else whole) + whole * gguf
