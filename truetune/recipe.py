@@ -282,8 +282,8 @@ class Recipe(Part):
             )
         if self.optimizer.nap and self.adapter.method == "lora":
             raise _conflict(
-                "optimizer.nap means nothing with adapter.method=lora, whose factors have no length to keep; remove it, or "
-                "train every weight with adapter.method=full",
+                "optimizer.nap means nothing with adapter.method=lora, whose factors have no length to keep; remove "
+                "it, or train every weight with adapter.method=full",
                 "optimizer.nap",
                 "adapter.method",
             )

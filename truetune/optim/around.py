@@ -53,7 +53,7 @@ class Around(Rule):
                 if p.grad is not None and p not in kept and (new := self.start(p, group)):
                     kept[p] = new
         self.before(kept, joint)
-        loss: float | None = self.inner.step(closure)  # type: ignore[assignment, arg-type]
+        loss: float | None = self.inner.step(closure)
         self.after(kept, joint)
         self.state = self.inner.state
         for p, state in kept.items():
@@ -69,8 +69,8 @@ class Around(Rule):
         joint: State = {}
         rest: defaultdict[Tensor, State] = defaultdict(dict)
         each, all_ = f"{AROUND}{self.own}_", f"{SHARED}{self.own}_"
-        for p, state in self.state.items():
-            for key, tensor in state.items():
+        for p in (p for group in self.param_groups for p in group["params"]):  # sums keep their order over a resume
+            for key, tensor in self.state.get(p, {}).items():
                 if key.startswith(each):
                     kept.setdefault(p, {})[key.removeprefix(each)] = tensor
                 elif key.startswith(all_):
@@ -104,9 +104,9 @@ def state_bytes(optimizer: Optimizer) -> int:
 class Mechanic(Around):
     """A rule's rate found while it runs (Cutkosky, Defazio & Mehta 2023, arXiv 2306.00144).
 
-    The sum D of what the rule, at its own rate, would have moved is multiplied by a scale S = s_1 + ... + s_6: x = x0 + S
-    D. With h = -<g + decay S (|g| / |x|) x, D> over all parameters, and b = 1 - 0.1^i for i from 1 to 6, clipped to m of
-    before for r: m <- max(b m, |h|); v <- b^2 v + h^2; r <- b r + s h; s <- (first m / 6 + max(r, 0)) / sqrt(v). As the
+    The sum D of what the rule, at its own rate, would have moved is multiplied by a scale: x = x0 + S D, S = s_1 + ...
+    + s_6. Each s_i has b = 1 - 0.1^i, and over all parameters h = -<g + decay S (|g| / |x|) x, D>: r <- b r + s h, h
+    within m on both sides; m <- max(b m, |h|); v <- b^2 v + h^2; s <- (first m / 6 + max(r, 0)) / sqrt(v). As the
     authors' version in JAX, but D is kept where that divides x - x0 by S, which in fp32 may be nothing.
     State: 8*m*n bytes.
     """
@@ -131,14 +131,15 @@ class Mechanic(Around):
         scale = s.sum()
         gradients = [p.grad for p in xs if p.grad is not None]
         length, size = (nn.utils.get_total_norm(tensors).to(s) for tensors in (gradients, xs))
+        pull = self.decay * scale * length / (size + self.eps)
         moved = scale / (scale + self.eps)
         h = torch.zeros_like(scale)
         for x, state in kept.items():
-            along = state["D"].mul_(moved).flatten()
-            pull = self.decay * scale * length / (size + self.eps)
-            h -= pull * torch.dot(x.flatten(), along)
+            along = state["D"].mul_(moved)
+            # No torch.dot: its bits hang on where in memory the tensors lie, which is another place after a resume.
+            h -= pull * (x * along).sum(dtype=h.dtype)
             if x.grad is not None:
-                h -= torch.dot(x.grad.flatten(), along)
+                h -= (x.grad * along).sum(dtype=h.dtype)
             state["D"].sub_(x)  # and the weights after the step are added
         r.mul_(b).add_(s * h.clamp(-m, m))
         m.copy_(torch.maximum(b * m, h.abs() + self.eps))

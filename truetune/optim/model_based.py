@@ -1,7 +1,7 @@
 """MoMo: momentum whose step is as long as a model of the loss allows (Schaipp et al. 2023, arXiv 2305.07583).
 
-Averages d of the gradients g, f of the losses and c of <g, x> make a linear model of the loss, and no loss is lower than
-``lower_bound``. With w the decay, D the preconditioner and rho the sum of an average's weights, the step is tau =
+Averages d of the gradients g, f of the losses and c of <g, x> make a linear model of the loss, and no loss is lower
+than ``lower_bound``. With w the decay, D the preconditioner and rho the sum of an average's weights, the step is tau =
 min(rate / rho, n / <d, d / D>), where n = (1 + rate w) (f - rho lower_bound - c) + <d, x>, or 0 if that is negative;
 and x <- (x - tau d / D) / (1 + rate w). The rate is thus a cap. Sums are over all parameters. Left out: the authors'
 running estimate of the lower bound, which hangs on the order of the groups.
@@ -104,7 +104,8 @@ class MoMo(ModelBased):
 class MoMoAdam(ModelBased):
     """Adam, as far as a linear model of the loss allows (Schaipp et al. 2023, arXiv 2305.07583).
 
-    D = sqrt(v / (1 - b2^t)) + eps; averages begin with 0, so rho is 1 - b1^t. The rate, a cap, is 0.01 with the authors.
+    D = sqrt(v / (1 - b2^t)) + eps; averages begin with 0, so rho is 1 - b1^t. The authors' rate, a cap, is
+    0.01.
     State: 4*(2*m*n) + 8 bytes.
     """
 
