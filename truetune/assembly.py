@@ -39,6 +39,7 @@ from truetune.objectives.next_token import NextToken
 from truetune.optim import (
     EMA,
     KINDS,
+    MUP,
     OPTIMIZERS,
     Growth,
     Mechanic,
@@ -211,9 +212,30 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
             f'optimizer.rest_rate means nothing where optimizer "{chosen.name}" takes all that is trained; remove it'
         )
     ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
-    groups = parameter_groups(model.trainable().items(), chosen.rate, ratio, rest, chosen.rest_rate)
+    wide = {name for name in model.trainable() if kinds[name] in ("matrices", "head")}
+    groups = parameter_groups(
+        model.trainable().items(), chosen.rate, ratio, rest, chosen.rest_rate, *_width(recipe, model, wide)
+    )
     hidden = [p for name, p in model.trainable().items() if kinds[name] == "matrices"]
     return _around(_built(optimizer, groups, recipe), recipe, hidden)
+
+
+def _width(recipe: Recipe, model: CausalLM, wide: set[str]) -> tuple[set[str], float]:
+    """muP's slower tensors, of ``wide``, and by how much they are so. Raises UserError where its rates do not hold."""
+    chosen = recipe.optimizer
+    if chosen.mup_width is None:
+        return set(), 1.0
+    if chosen.name not in MUP:
+        raise UserError(
+            f'optimizer.mup_width means nothing with optimizer "{chosen.name}", whose steps are not of the size of the '
+            f"rate; use one of {', '.join(MUP)}"
+        )
+    if model.head.weight is model.hf.get_input_embeddings().weight:
+        raise UserError(
+            "optimizer.mup_width is for models whose head has a weight of its own, since one that is tied to the "
+            "embedding learns at one rate and muP wants two; remove it"
+        )
+    return wide, model.head.weight.shape[-1] / chosen.mup_width
 
 
 def _around(rule: Optimizer, recipe: Recipe, hidden: Sequence[Tensor]) -> Optimizer:

@@ -170,6 +170,9 @@ class Optimizer(Named):
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, which is evaluated and kept in their place"
     )
+    mup_width: int | None = Field(
+        None, gt=0, description="muP: hidden size of the model that the rate was tuned on; for adapter.method=full"
+    )
     nap: bool = Field(False, description="keep each hidden matrix as long as it began; for adapter.method=full")
 
 
@@ -280,11 +283,13 @@ class Recipe(Part):
                 "adapter.method",
                 *(f"adapter.{k}" for k in idle),
             )
-        if self.optimizer.nap and self.adapter.method == "lora":
+        whole = {"nap": "whose factors have no length to keep", "mup_width": "whose factors are as wide as their rank"}
+        key = next((key for key in whole if getattr(self.optimizer, key)), None)
+        if key and self.adapter.method == "lora":
             raise _conflict(
-                "optimizer.nap means nothing with adapter.method=lora, whose factors have no length to keep; remove "
-                "it, or train every weight with adapter.method=full",
-                "optimizer.nap",
+                f"optimizer.{key} means nothing with adapter.method=lora, {whole[key]}; remove it, or train every "
+                "weight with adapter.method=full",
+                f"optimizer.{key}",
                 "adapter.method",
             )
         if self.model.base and (other := self._unquantized()):

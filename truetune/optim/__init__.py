@@ -11,7 +11,7 @@ from truetune.optim.adaptive import SGD, Adafactor, DiffGrad, Lion, NadamW
 from truetune.optim.around import EMA, Growth, Mechanic, NaP, state_bytes
 from truetune.optim.cosine import DCTAdamW, Trion
 from truetune.optim.eight_bit import AdamW8bit, GaLore8bit
-from truetune.optim.groups import KINDS, kinds_of, parameter_groups
+from truetune.optim.groups import KINDS, MUP, kinds_of, parameter_groups
 from truetune.optim.low_rank import Apollo, Fira, GaLore
 from truetune.optim.matrix import SOAP, Muon, Shampoo
 from truetune.optim.model_based import MoMo, MoMoAdam
@@ -23,6 +23,7 @@ __all__ = [
     "AROUND",
     "EMA",
     "KINDS",
+    "MUP",
     "OPTIMIZERS",
     "SHARED",
     "Growth",
