@@ -66,7 +66,7 @@ def test_what_a_step_moves_does_not_hang_on_the_width() -> None:
         (
             "llama",
             ("adapter.method=full", "optimizer.mup_width=4", "optimizer.name=muon"),
-            'nothing with optimizer "muon"',
+            'optimizer "muon"',
         ),
         ("gpt2", ("adapter.method=full", "optimizer.mup_width=4"), "is for models whose head has a weight of its own"),
     ],

@@ -90,6 +90,7 @@ class Trainer:
     best: Evaluation | None = None
     start: dict[str, Fingerprint] = field(default_factory=dict, repr=False)
     _idle: bool = False
+    _flat: set[str] = field(default_factory=set, repr=False)
     _saved: float = field(default_factory=time.monotonic, repr=False)
     _process: psutil.Process = field(default_factory=psutil.Process, repr=False)
 
@@ -162,7 +163,7 @@ class Trainer:
         for name, p in self.model.trainable().items():
             own = state.get(p, {}).items()
             moments = [t for key, t in own if key != "step" and not key.startswith((SHARED, AROUND))]
-            if not moments or (self.step == 1 and not any(t.any() for t in moments)):
+            if not moments or (self.step == 1 and (name in self._flat or not any(t.any() for t in moments))):
                 idle.add(name)
         return integrity(self.model.model, self.start, idle)
 
@@ -183,6 +184,8 @@ class Trainer:
         parameters = list(self.model.trainable().values())
         self.model.train()
         means = accumulate(self.model, self.objective, batches)
+        if self.step == 0:
+            self._flat = {n for n, p in self.model.trainable().items() if p.grad is not None and not p.grad.any()}
         loss, router = float(means), None if means.router is None else float(means.router)
         norm = norm_of(parameters)
         l2, l1 = torch.stack([norm, l1_of(parameters)]).tolist()  # at once, since a GPU is waited for
