@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from truetune.assembly import assemble, disk_need
 from truetune.errors import UserError
-from truetune.optim import averaged
+from truetune.optim import averaged, kinds_of
 from truetune.spelling import read
 from truetune.training.checkpoint import Checkpoints
 
@@ -79,6 +80,24 @@ def test_the_disk_is_asked_for_what_a_checkpoint_holds(
     held = sum(t.nbytes for kind in ("weights", "optimizer", "averages") for t in tensors.get(kind, {}).values())
     small = sum(t.nbytes for n, t in tensors["optimizer"].items() if n.endswith("/step") or "/shared_" in n)
     assert disk_need(jobs[1]) - disk_need(jobs[0]) == held - small
+
+
+def test_what_a_recipe_puts_around_a_rule_does_its_work(my_model: Path, my_data: Path, tmp_path: Path) -> None:
+    more = ("adapter.method=full", "optimizer.nap=true", "train.clip_growth=1.001", "train.clip=none")
+    trainer = assemble(read(None, keys(my_model, my_data, tmp_path / "run", *SHORT, *more))).trainer
+    trainer.preflight = trainer.evaluator = trainer.sampler = None
+    kinds = kinds_of(trainer.model.model, trainer.model.head.weight)
+    start = {name: p.detach().clone() for name, p in trainer.model.trainable().items()}
+    norms = []
+    for record in trainer.steps():
+        if record.kind == "step":
+            joint = next(iter(trainer.optimizer.state.values()))
+            norms.append((float(joint["shared_growth_norm"]), record.gradient_norm))
+    for name, p in trainer.model.trainable().items():
+        kept = torch.allclose(p.norm(), start[name].norm(), rtol=1e-5)
+        assert kept == (kinds[name] == "matrices") and not torch.equal(p, start[name]), name
+    assert any(limited < 0.99 * own for limited, own in norms), "else nothing was held back"
+    assert all(after <= 1.0011 * before for (before, _), (after, _) in pairwise(norms))
 
 
 def test_a_run_of_one_step_moves_all_that_can(my_model: Path, my_data: Path, tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
         {"first": 1e-4, "growth": 1.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
         {"first": 1e-2, "coefficient": 0.5, "safeguard": True},
     ],
-    "momo": [{"momentum": 0.6, "lower_bound": 3.0, "weight_decay": 0.1}],
-    "momo-adam": [{"betas": (0.8, 0.95), "eps": 1e-3, "lower_bound": 3.0, "weight_decay": 0.1}],
+    "momo": [{"momentum": 0.6, "lower_bound": 60.0, "weight_decay": 0.1}],
+    "momo-adam": [{"betas": (0.8, 0.95), "eps": 1e-3, "lower_bound": 60.0, "weight_decay": 0.1}],
     "adamw-8bit": [{"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1, "block": 8, "smallest": 4}],
     "galore-8bit": [LOW_RANK | {"block": 8, "smallest": 4}],
     "dct-adamw": [
