@@ -299,3 +299,43 @@ def prodigy(
         most = max(most, found)
         d = min(most, d * (growth or math.inf))
         xs = [x * (1 - weight_decay * w) - w * a / (b.sqrt() + d * eps) for x, a, b in zip(xs, m, v, strict=True)]
+
+
+def momo(xs: list[Tensor], *, rate: float, momentum=0.9, lower_bound=0.0, weight_decay=0.0) -> JointSteps:
+    """The loss is half of the sum of the squares of the gradients."""
+    averages: list[list] = []
+    for t in count(1):
+        gs = yield xs
+        loss = sum(float((g**2).sum()) for g in gs) / 2
+        new = [[g, float((g * x).sum())] for g, x in zip(gs, xs, strict=True)]
+        if t == 1:
+            f, averages = loss, new
+        f = momentum * f + (1 - momentum) * loss
+        averages = [
+            [ema(d, g, momentum), momentum * c + (1 - momentum) * p]
+            for (d, c), (g, p) in zip(averages, new, strict=True)
+        ]
+        h = (1 + rate * weight_decay) * (f - lower_bound - sum(c for _, c in averages))
+        h += sum(float((d * x).sum()) for (d, _), x in zip(averages, xs, strict=True))
+        tau = min(rate, max(h, 0.0) / sum(float((d**2).sum()) for d, _ in averages))
+        xs = [(x - tau * d) / (1 + rate * weight_decay) for x, (d, _) in zip(xs, averages, strict=True)]
+
+
+def momo_adam(
+    xs: list[Tensor], *, rate: float, betas=(0.9, 0.999), eps=1e-8, lower_bound=0.0, weight_decay=0.0
+) -> JointSteps:
+    ds = vs = [torch.zeros_like(x) for x in xs]
+    f = c = 0.0
+    for t in count(1):
+        gs = yield xs
+        loss = sum(float((g**2).sum()) for g in gs) / 2
+        ds = [ema(d, g, betas[0]) for d, g in zip(ds, gs, strict=True)]
+        vs = [ema(v, g**2, betas[1]) for v, g in zip(vs, gs, strict=True)]
+        f = betas[0] * f + (1 - betas[0]) * loss
+        c = betas[0] * c + (1 - betas[0]) * sum(float((g * x).sum()) for g, x in zip(gs, xs, strict=True))
+        roots = [(v / (1 - betas[1] ** t)).sqrt() + eps for v in vs]
+        rho, grown = 1 - betas[0] ** t, 1 + rate * weight_decay
+        h = grown * (f - rho * lower_bound - c) + sum(float((d * x).sum()) for d, x in zip(ds, xs, strict=True))
+        size = sum(float((d**2 / root).sum()) for d, root in zip(ds, roots, strict=True))
+        tau = min(rate / rho, max(h, 0.0) / size)
+        xs = [(x - tau * d / root) / grown for x, d, root in zip(xs, ds, roots, strict=True)]

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from truetune import registry
@@ -36,9 +35,10 @@ from truetune.models.small import positions_of, takes_more_positions
 from truetune.models.tail import measure_tail
 from truetune.models.wrap import CausalLM
 from truetune.objectives.next_token import NextToken
-from truetune.optim import KINDS, OPTIMIZERS, Rule, kinds_of, parameter_groups
+from truetune.optim import state_bytes
 from truetune.recipe import Recipe
 from truetune.rows import Part, Side, build_renderer, build_stream, choose_rows, sources_of, tokenized
+from truetune.rules import build_optimizer
 from truetune.schedules import SCHEDULES, Plan, ends_of, with_warmup
 from truetune.training.checkpoint import Checkpoints
 from truetune.training.evaluate import Evaluator, Sampler
@@ -181,42 +181,6 @@ def why_unshared(model: CausalLM, router: Router | None) -> str | None:
     return sharing_disproof(model.hf, model.tail.decoder, model.route)
 
 
-def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
-    """The recipe's rule over the model's trained parameters; of what it does not take, AdamW."""
-    chosen = recipe.optimizer
-    optimizer = registry.bind("optimizer", OPTIMIZERS, chosen.name, chosen.options)
-    rule = registry.resolve("optimizer", OPTIMIZERS, chosen.name)
-    if getattr(rule, "finds_rate", False) and "rate" not in chosen.model_fields_set:
-        raise UserError(f'optimizer "{chosen.name}" finds its rate, and optimizer.rate multiplies it; set it to 1')
-    takes = getattr(rule, "takes", None)
-    if takes is None and chosen.takes is not None:
-        raise UserError(f'optimizer.takes means nothing with optimizer "{chosen.name}", which takes all; remove it')
-    if "vectors" in (chosen.takes or ()) and "vectors" not in (takes or KINDS):
-        raise UserError(f'optimizer.takes has vectors, but optimizer "{chosen.name}" is for matrices; take it out')
-    kinds = kinds_of(model.model, model.head.weight)
-    rest = {name for name in model.trainable() if kinds[name] not in (chosen.takes or takes or KINDS)}
-    if chosen.rest_rate is not None and not rest:
-        raise UserError(
-            f'optimizer.rest_rate means nothing where optimizer "{chosen.name}" takes all that is trained; remove it'
-        )
-    ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
-    groups = parameter_groups(model.trainable().items(), chosen.rate, ratio, rest, chosen.rest_rate)
-    return _built(optimizer, groups, recipe)
-
-
-def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
-    name = f'optimizer "{recipe.optimizer.name}"'
-    try:
-        built = optimizer(groups, recipe.optimizer.rate)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{name}: {error}; correct the options under optimizer") from error
-    if not isinstance(built, Optimizer) or not all("peak" in group for group in built.param_groups):
-        raise UserError(
-            f"{name} is no torch.optim.Optimizer over the groups that it was given; subclass it, and hand them on"
-        )
-    return built
-
-
 def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     """The model, adapted as the recipe says, on its device."""
     device = pick_device(recipe.device)
@@ -276,7 +240,7 @@ def disk_need(job: Job) -> int:
         whole += 4 * model.head.weight.numel()
     lora, merged, gguf = recipe.adapter.method == "lora", recipe.output.merged, recipe.output.gguf is not None
     rule = job.trainer.optimizer
-    moments = rule.state_bytes() + rule.averages_weights * trained if isinstance(rule, Rule) else 2 * trained
+    moments = state_bytes(rule) + trained * getattr(rule, "averages_weights", False)
     checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.keep_best  # one more while it is written
     checkpoints += len(ends_of(job.trainer.schedule))
     weights = (kept + whole * merged if lora else whole) + whole * gguf

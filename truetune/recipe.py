@@ -166,6 +166,14 @@ class Optimizer(Named):
         None, description="kinds of parameters that the rule updates, AdamW the rest; default: as the rule is meant"
     )
     rest_rate: float | None = Field(None, gt=0, description="peak rate of AdamW for the rest; default: the rate")
+    mechanic: bool = Field(False, description="find the rate while it runs; set rate to 1")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of the weights, which is evaluated and kept in their place"
+    )
+    mup_width: int | None = Field(
+        None, gt=0, description="muP: hidden size of the model that the rate was tuned on; for adapter.method=full"
+    )
+    nap: bool = Field(False, description="keep each hidden matrix as long as it began; for adapter.method=full")
 
 
 class Schedule(Named):
@@ -193,6 +201,9 @@ class Train(Part):
         "default: all",
     )
     clip: float | None = Field(1.0, gt=0, description="largest L2 norm of the gradient")
+    clip_growth: float | None = Field(
+        None, gt=1, description="largest factor by which that norm may grow from step to step; Fira has 1.01"
+    )
     router_loss: float | None = Field(
         None,
         ge=0,
@@ -271,6 +282,15 @@ class Recipe(Part):
                 "drop the section with adapter=none before adapter.method=full",
                 "adapter.method",
                 *(f"adapter.{k}" for k in idle),
+            )
+        whole = {"nap": "whose factors have no length to keep", "mup_width": "whose factors are as wide as their rank"}
+        key = next((key for key in whole if getattr(self.optimizer, key)), None)
+        if key and self.adapter.method == "lora":
+            raise _conflict(
+                f"optimizer.{key} means nothing with adapter.method=lora, {whole[key]}; remove it, or train every "
+                "weight with adapter.method=full",
+                f"optimizer.{key}",
+                "adapter.method",
             )
         if self.model.base and (other := self._unquantized()):
             raise _conflict(

@@ -52,6 +52,15 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
         assert same_file(file, stopped / last / file.name), file.name
 
 
+@pytest.mark.parametrize("name", ["prodigy", "schedule-free-adamw", "dog", "adamw-8bit"])
+def test_a_run_of_one_step_ends_well(name: str, my_model: Path, my_data: Path, tmp_path: Path) -> None:
+    """LoRA's A can't move in it, though rules remember where it began."""
+    more = ("train.steps=1", "schedule.warmup=0", "optimizer.rate=1", f"optimizer.name={name}")
+    small = ("optimizer.smallest=4", "optimizer.rate=1e-2") if name == "adamw-8bit" else ()
+    result = invoke("train", *keys(my_model, my_data, tmp_path / "run", *SHORT, *more, *small))
+    assert result.exit_code == 0, result.output
+
+
 def test_the_average_is_evaluated_kept_and_exported_and_training_goes_on_from_elsewhere(
     my_model: Path, my_data: Path, tmp_path: Path
 ) -> None:

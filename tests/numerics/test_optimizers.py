@@ -21,7 +21,7 @@ from torch import Tensor
 
 from truetune import registry
 from truetune.errors import UserError
-from truetune.optim import OPTIMIZERS, SHARED, Rule, averaged, set_rate
+from truetune.optim import OPTIMIZERS, SHARED, Rule, averaged, set_rate, take_step
 
 STEPS = 20
 SHAPES = [(1,), (3,), (7, 5), (5, 7), (1, 6), (6, 1), (2, 3, 4), (7, 5), (5, 7), (3,), (16, 16), (7, 5)]
@@ -54,6 +54,8 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
         {"first": 1e-4, "growth": 1.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
         {"first": 1e-2, "coefficient": 0.5, "safeguard": True},
     ],
+    "momo": [{"momentum": 0.6, "lower_bound": 60.0, "weight_decay": 0.1}],
+    "momo-adam": [{"betas": (0.8, 0.95), "eps": 1e-3, "lower_bound": 60.0, "weight_decay": 0.1}],
     "adamw-8bit": [{"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1, "block": 8, "smallest": 4}],
     "galore-8bit": [LOW_RANK | {"block": 8, "smallest": 4}],
     "dct-adamw": [
@@ -71,6 +73,8 @@ RATES: dict[str, float] = {
     "trion": 0.2,
     "galore": 0.2,
     "galore-8bit": 0.2,
+    "momo": 1.0,
+    "momo-adam": 0.5,
     **{name: 1.0 for name, rule in OPTIMIZERS.items() if getattr(rule, "finds_rate", False)},
 }
 """Rule -> a rate that moves weights of size 1 well; 0.05 where there is none."""
@@ -123,6 +127,12 @@ def expected(name: str, xs: list[Tensor], options: dict[str, Any]) -> Callable[[
     return lambda gs: [one.send(g) for one, g in zip(each, gs, strict=True)]
 
 
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """A step whose loss is half of |g|^2, as the references have it."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    take_step(optimizer, sum((g.double().square().sum() / 2 for g in gradients), torch.zeros(()).double()))
+
+
 def diagonal(g: Tensor) -> Tensor:
     """A first gradient of which all products are exact, and so all eigenvectors: which basis of its null space a rule
     begins with must not hang on a rounding."""
@@ -139,7 +149,7 @@ def test_a_rule_is_its_paper(name: str, options: dict[str, Any]) -> None:
         gs = [diagonal(g) for g in gs] if t == 0 and name == "soap" else gs
         for p, g in zip(parameters, gs, strict=True):
             p.grad = g.clone()
-        optimizer.step()
+        step(optimizer)
         xs = reference(gs)
         for p, x, g in zip(parameters, xs, gs, strict=True):
             torch.testing.assert_close(p.detach(), x, rtol=1e-10, atol=1e-10)
@@ -157,7 +167,7 @@ def descend(optimizer: torch.optim.Optimizer, parameters: list[Tensor], steps: r
     for t in steps:
         for i, (p, n) in enumerate(zip(parameters, noise(t, [tuple(p.shape) for p in parameters], scale), strict=True)):
             p.grad = None if t % 3 == 1 and i in (2, 7) else p.detach() + n.to(p.dtype)
-        optimizer.step()
+        step(optimizer)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=NAMES)
@@ -194,8 +204,8 @@ def test_the_order_of_parameters_and_groups_does_not_matter(name: str, options: 
     for t in range(6):
         for a, b, n in zip(ordered, shuffled, noise(t), strict=True):
             a.grad, b.grad = a.detach() + n, a.detach() + n
-        one.step()
-        two.step()
+        step(one)
+        step(two)
     for a, b in zip(ordered, shuffled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -271,7 +281,7 @@ def test_the_state_takes_the_bytes_that_its_docstring_says(name: str, shape: tup
     optimizer = build(name, [parameter], **({"rank": 64} if "r" in re.findall(r"\w+", formula(name)) else {}))
     for _ in range(2):
         parameter.grad = torch.randn(shape)
-        optimizer.step()
+        step(optimizer)
     m, n = sorted(shape)
     assert held(optimizer) == eval(formula(name), {"m": m, "n": n, "r": 64, "ceil": math.ceil})
     if isinstance(optimizer, Rule):

@@ -19,7 +19,7 @@ import schedulefree
 import torch
 from torch import Tensor
 
-from truetune.optim import OPTIMIZERS, averaged
+from truetune.optim import OPTIMIZERS, averaged, take_step
 
 RATE = 0.01
 VECTORS = [(3,), (7, 5), (5, 7), (7, 5), (16, 24)]
@@ -95,3 +95,25 @@ def test_a_rule_is_that_of_another_package(case: str) -> None:
         for p, q in zip(ours, theirs, strict=True):
             bound = 1e-6 if case in FP32 else 1e-9
             torch.testing.assert_close(p, q, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("name", ["momo", "momo-adam"])
+def test_momo_is_that_of_its_authors(name: str) -> None:
+    momo = pytest.importorskip("momo", reason="pip install momo-opt")
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in VECTORS]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    one = OPTIMIZERS[name]([{"params": ours, "lr": 0.5, "peak": 0.5}], 0.5, weight_decay=0.1)
+    two = {"momo": momo.Momo, "momo-adam": momo.MomoAdam}[name](theirs, lr=0.5, weight_decay=0.1)
+    for _ in range(20):
+        noise = [0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in ours]
+        for ps in (ours, theirs):
+            for p, n in zip(ps, noise, strict=True):
+                p.grad = p.detach() + n
+        losses = [sum((p.grad.square().sum() / 2 for p in ps), torch.zeros(())) for ps in (ours, theirs)]
+        take_step(one, losses[0])
+        with torch.no_grad():
+            two.step(loss=losses[1])
+    bound = 1e-9 if name == "momo" else 1e-5  # its Adam adds up <g, x> in fp32
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=bound, atol=bound)

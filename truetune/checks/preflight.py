@@ -23,7 +23,7 @@ from truetune.data.prefixes import sharing_pairs
 from truetune.models.adapt import unfused
 from truetune.models.load import Loaded
 from truetune.models.wrap import CausalLM
-from truetune.optim import enough, set_rate
+from truetune.optim import enough, set_rate, take_step
 from truetune.training.gradient import accumulate
 from truetune.training.integrity import fingerprints, integrity
 from truetune.training.record import Checks, Verdict
@@ -151,11 +151,11 @@ def moved(trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
     finite = True
     for _ in range(2 + getattr(trainer.optimizer, "waits", 0)):
         trainer.model.zero_grad(set_to_none=True)
-        accumulate(model, trainer.objective, [batch])
+        loss = accumulate(model, trainer.objective, [batch]).total
         for name, p in model.trainable().items():
             finite = finite and (p.grad is None or bool(torch.isfinite(p.grad).all()))
             seen[name] = seen.get(name, False) or (p.grad is not None and bool(p.grad.any()))
-        trainer.optimizer.step()
+        take_step(trainer.optimizer, loss)
     idle = [n for n, ok in seen.items() if not ok and _unrouted(model, n, called)]
     dead = [n for n, ok in seen.items() if not ok and n not in idle]
     figure = f"{sum(seen.values())} of {len(seen)} tensors"

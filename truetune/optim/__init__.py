@@ -8,19 +8,27 @@ import torch
 
 from truetune.optim.adamw import adamw
 from truetune.optim.adaptive import SGD, Adafactor, DiffGrad, Lion, NadamW
+from truetune.optim.around import EMA, Growth, Mechanic, NaP, state_bytes
 from truetune.optim.cosine import DCTAdamW, Trion
 from truetune.optim.eight_bit import AdamW8bit, GaLore8bit
-from truetune.optim.groups import KINDS, kinds_of, parameter_groups
+from truetune.optim.groups import KINDS, MUP, kinds_of, parameter_groups
 from truetune.optim.low_rank import Apollo, Fira, GaLore
 from truetune.optim.matrix import SOAP, Muon, Shampoo
+from truetune.optim.model_based import MoMo, MoMoAdam
 from truetune.optim.rate_free import DAdaptAdam, DoG, Prodigy
-from truetune.optim.rule import SHARED, Rule, averaged, averages, take_averages
+from truetune.optim.rule import AROUND, SHARED, Rule, averaged, averages, take_averages
 from truetune.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 
 __all__ = [
+    "AROUND",
+    "EMA",
     "KINDS",
+    "MUP",
     "OPTIMIZERS",
     "SHARED",
+    "Growth",
+    "Mechanic",
+    "NaP",
     "Rule",
     "adamw",
     "averaged",
@@ -29,7 +37,9 @@ __all__ = [
     "kinds_of",
     "parameter_groups",
     "set_rate",
+    "state_bytes",
     "take_averages",
+    "take_step",
 ]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -54,6 +64,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "dog": DoG,
     "dadapt-adam": DAdaptAdam,
     "prodigy": Prodigy,
+    "momo": MoMo,
+    "momo-adam": MoMoAdam,
 }
 
 
@@ -67,3 +79,11 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set the rate of every group to ``factor`` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One step along the gradients that the parameters have; ``loss`` is what they are of, for rules that ask."""
+    if getattr(optimizer, "sees_loss", False):
+        optimizer.step(lambda: loss)  # type: ignore[arg-type, return-value]  # a tensor: a GPU is not waited for
+    else:
+        optimizer.step()

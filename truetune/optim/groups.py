@@ -5,6 +5,10 @@ times faster than A. The grouping is PEFT's: B also takes every vector (bias, Do
 embedding learns at a fixed 1e-6. But modules that are trained in full beside LoRA learn at the plain rate, all of
 them, where PEFT gives their vectors the rate of B.
 
+muP (Yang et al. 2022, arXiv 2203.03466): of a model m times as wide as the one whose rate was tuned, hidden matrices
+and the head learn m times slower, under rules whose steps have the size of the rate. Left out: the rest of muP, which
+is the model's: initial weights of variance 1 / width (1 / width^2 in the head), and the scale of attention.
+
 Trained parameters are fp32 whatever the model computes in (bf16 goes through autocast): in bf16 an update
 below about 1/512 of the weight would be rounded away, and training would stall in silence.
 """
@@ -25,6 +29,9 @@ KINDS = ("matrices", "embeddings", "head", "vectors")
 
 ROLES = ("weights", "A", "embedding", "B")
 """What a parameter is to LoRA+; without it all are weights."""
+
+MUP = ("adamw", "nadamw", "adamw-8bit", "lion", "diffgrad", "schedule-free-adamw")
+"""Rules that move each element by about the rate, whatever the gradient's size: what muP's table for Adam is of."""
 
 EMBEDDING_RATE = 1e-6
 """Rate of LoRA on an embedding under LoRA+, whatever the peak; PEFT's default."""
@@ -53,11 +60,14 @@ def parameter_groups(
     lora_plus_ratio: float = 1.0,
     rest: Collection[str] = (),
     rest_rate: float | None = None,
+    wide: Collection[str] = (),
+    times: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, of the parameters that require a gradient.
 
     rest: names of those that the optimizer leaves to AdamW; their groups have ``rest`` True and the peak
     ``rest_rate``, which is ``rate`` where it is None.
+    wide, times: names of those whose peak is divided by ``times``, for muP; their groups' names end in "_wide".
 
     Each has ``params`` (sorted by name), ``name``, ``lr`` and ``peak`` (both the group's peak rate). Those
     that must not decay (biases and tensors of one dimension or none, so norms) have ``weight_decay`` 0; the
@@ -77,19 +87,21 @@ def parameter_groups(
             )
     if lora_plus_ratio != 1 and not any("lora_" in name for name, _ in trained):
         raise UserError("adapter.lora_plus_ratio needs LoRA parameters; set it to 1 to train without them")
-    members: defaultdict[tuple[str, bool, bool], list[Tensor]] = defaultdict(list)
+    members: defaultdict[tuple[str, bool, bool, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in trained:
         role = "weights" if lora_plus_ratio == 1 else _role(name, parameter)
-        members[role, parameter.ndim < 2 or "bias" in name, name in rest].append(parameter)
+        members[role, parameter.ndim < 2 or "bias" in name, name in rest, name in wide].append(parameter)
     groups = []
-    for role, free, left in sorted(members, key=lambda key: (ROLES.index(key[0]), *key[1:])):
-        own = rate if rest_rate is None or not left else rest_rate
+    for role, free, left, slow in sorted(members, key=lambda key: (ROLES.index(key[0]), *key[1:])):
+        own = (rate if rest_rate is None or not left else rest_rate) / (times if slow else 1.0)
         peak = {"embedding": EMBEDDING_RATE, "B": own * lora_plus_ratio}.get(role, own)
-        group: dict[str, Any] = {"params": members[role, free, left], "name": role, "lr": peak, "peak": peak}
+        group: dict[str, Any] = {"params": members[role, free, left, slow], "name": role, "lr": peak, "peak": peak}
         if free:
             group |= {"name": f"{group['name']}_no_decay", "weight_decay": 0.0}
         if left:
             group |= {"name": f"{group['name']}_rest", "rest": True}
+        if slow:
+            group["name"] += "_wide"
         groups.append(group)
     return groups
 

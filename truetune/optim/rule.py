@@ -37,6 +37,9 @@ STACKED = {"cpu": 1 << 18, "cuda": 1 << 24}
 SHARED = "shared_"
 """Begins the keys of state that belongs to all parameters; it is kept, and so saved, with the first."""
 
+AROUND = "around_"
+"""Begins the keys of what is kept around a rule (``around``), which are no moments of its own."""
+
 BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1"),
     "momentum": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
@@ -58,13 +61,16 @@ class Rule(Optimizer):
     takes: the kinds of parameters that it is meant for (``groups.KINDS``).
     waits: steps at the beginning that only gather what it needs and move nothing.
     averages_weights: whether there are ``averages``. finds_rate: whether the rate only multiplies what it finds.
+    sees_loss: whether ``step`` needs a closure that returns the loss of the gradients, which is then ``loss``.
     Raises UserError for an option out of its range.
     """
 
     takes: ClassVar[tuple[str, ...]] = KINDS
-    waits: ClassVar[int] = 0
-    averages_weights: ClassVar[bool] = False
-    finds_rate: ClassVar[bool] = False
+    waits: int = 0
+    averages_weights: bool = False
+    finds_rate: bool = False
+    sees_loss: bool = False
+    loss: Any = None
 
     def __init__(self, groups: Groups, rate: float, **options: Any) -> None:
         for name, value in options.items():
@@ -90,7 +96,7 @@ class Rule(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None if closure is None else torch.enable_grad()(closure)()
+        self.loss = loss = None if closure is None else torch.enable_grad()(closure)()
         self._count()
         self.prepare()
         for x, g, t, state, group in self.stacks():

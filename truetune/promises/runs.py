@@ -15,7 +15,7 @@ from truetune.checks.preflight import crop, restored
 from truetune.data.batch import Batch
 from truetune.facts import Facts
 from truetune.models.adapt import START
-from truetune.optim import set_rate
+from truetune.optim import set_rate, take_step
 from truetune.promises.ground import STEPS, Ground, shortened
 from truetune.report.folder import Run
 from truetune.training.checkpoint import Checkpoints
@@ -116,8 +116,8 @@ def _moved_at_rate_zero(trainer: Trainer) -> int:
     model = trainer.model
     before = fingerprints(model.model)
     set_rate(trainer.optimizer, 0.0)
-    accumulate(model, trainer.objective, trainer.batches(0)[:1])
-    trainer.optimizer.step()
+    loss = accumulate(model, trainer.objective, trainer.batches(0)[:1]).total
+    take_step(trainer.optimizer, loss)
     after = fingerprints(model.model)
     return sum(after[name] != before[name] for name in before)
 
@@ -143,10 +143,11 @@ def _learned(trainer: Trainer, batch: Batch, factor: float, plain: bool = False)
         set_rate(optimizer, factor)
         while len(losses) <= FIT_STEPS:
             trainer.model.zero_grad(set_to_none=True)
-            losses.append(float(accumulate(trainer.model, trainer.objective, [batch])))
+            loss = accumulate(trainer.model, trainer.objective, [batch]).total
+            losses.append(float(loss))
             parameters = list(trainer.model.trainable().values())
             clip(parameters, trainer.clip, norm_of(parameters))
-            optimizer.step()
+            take_step(optimizer, loss)
     return losses[0], min(losses)
 
 

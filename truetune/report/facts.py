@@ -125,6 +125,7 @@ def settings(run: Run) -> list[Row]:
         ("Tokens per step", get("recipe.train.tokens_per_step"), count),
         ("Longest row", get("recipe.data.max_length"), lambda value: f"{value:,} tokens"),
         ("Gradient clipped at", get("recipe.train.clip"), number),
+        ("Gradient's norm grows in a step", get("recipe.train.clip_growth"), lambda value: f"{value:g}-fold at most"),
         ("Seed", get("recipe.train.seed"), str),
     )
 

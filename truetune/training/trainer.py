@@ -28,7 +28,7 @@ from truetune.data.stream import Stream
 from truetune.errors import UserError
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
-from truetune.optim import SHARED, averaged, averages, set_rate, take_averages
+from truetune.optim import AROUND, SHARED, averaged, averages, set_rate, take_averages, take_step
 from truetune.schedules import Schedule, ends_of
 from truetune.training.checkpoint import Checkpoints, atomic_folder
 from truetune.training.evaluate import Evaluator, Sampler
@@ -90,6 +90,7 @@ class Trainer:
     best: Evaluation | None = None
     start: dict[str, Fingerprint] = field(default_factory=dict, repr=False)
     _idle: bool = False
+    _flat: set[str] = field(default_factory=set, repr=False)
     _saved: float = field(default_factory=time.monotonic, repr=False)
     _process: psutil.Process = field(default_factory=psutil.Process, repr=False)
 
@@ -160,8 +161,9 @@ class Trainer:
         after a single step, what had no gradient yet: LoRA's A while B is zero."""
         state, idle = self.optimizer.state, set()
         for name, p in self.model.trainable().items():
-            moments = [t for key, t in state.get(p, {}).items() if key != "step" and not key.startswith(SHARED)]
-            if not moments or (self.step == 1 and not any(t.any() for t in moments)):
+            own = state.get(p, {}).items()
+            moments = [t for key, t in own if key != "step" and not key.startswith((SHARED, AROUND))]
+            if not moments or (self.step == 1 and (name in self._flat or not any(t.any() for t in moments))):
                 idle.add(name)
         return integrity(self.model.model, self.start, idle)
 
@@ -182,6 +184,8 @@ class Trainer:
         parameters = list(self.model.trainable().values())
         self.model.train()
         means = accumulate(self.model, self.objective, batches)
+        if self.step == 0:
+            self._flat = {n for n, p in self.model.trainable().items() if p.grad is not None and not p.grad.any()}
         loss, router = float(means), None if means.router is None else float(means.router)
         norm = norm_of(parameters)
         l2, l1 = torch.stack([norm, l1_of(parameters)]).tolist()  # at once, since a GPU is waited for
@@ -192,7 +196,7 @@ class Trainer:
         clip(parameters, self.clip, norm)
         factor = self.schedule(self.step)
         set_rate(self.optimizer, factor)
-        self.optimizer.step()
+        take_step(self.optimizer, means.total)
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         furthest = max(self.optimizer.param_groups, key=lambda g: (abs(g["lr"] - factor * g["peak"]), g["peak"]))

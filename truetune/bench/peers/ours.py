@@ -11,13 +11,14 @@ from dataclasses import asdict
 import numpy as np
 from protocol import IGNORE, Side
 
-from truetune.assembly import build_model, build_optimizer, why_unshared
+from truetune.assembly import build_model, why_unshared
 from truetune.checks.preflight import Preflight
 from truetune.data.batch import Document
 from truetune.data.stream import Stream
 from truetune.facts import compiled
 from truetune.models.router import choose_router
 from truetune.objectives.next_token import NextToken
+from truetune.rules import build_optimizer
 from truetune.schedules import SCHEDULES
 from truetune.spelling import read
 from truetune.training.record import Alarm, Checks, Step

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from truetune.assembly import _built
 from truetune.errors import UserError
 from truetune.recipe import Recipe
+from truetune.rules import _built
 
 
 def sgd(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:

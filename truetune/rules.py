@@ -1,0 +1,111 @@
+"""Recipe -> the optimizer: its rule, over which parameters, at which rates, and what goes around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from torch.optim import Optimizer
+
+from truetune import registry
+from truetune.errors import UserError
+from truetune.models.wrap import CausalLM
+from truetune.optim import EMA, KINDS, MUP, OPTIMIZERS, Growth, Mechanic, NaP, kinds_of, parameter_groups
+from truetune.recipe import Recipe
+
+
+def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
+    """The recipe's rule over the model's trained parameters; of what it does not take, AdamW."""
+    chosen = recipe.optimizer
+    optimizer = registry.bind("optimizer", OPTIMIZERS, chosen.name, chosen.options)
+    rule = registry.resolve("optimizer", OPTIMIZERS, chosen.name)
+    finder = "optimizer.mechanic" if chosen.mechanic else f'optimizer "{chosen.name}"'
+    if (chosen.mechanic or getattr(rule, "finds_rate", False)) and "rate" not in chosen.model_fields_set:
+        raise UserError(f"{finder} finds its rate, and optimizer.rate multiplies it; set it to 1")
+    takes = getattr(rule, "takes", None)
+    if takes is None and chosen.takes is not None:
+        raise UserError(f'optimizer.takes means nothing with optimizer "{chosen.name}", which takes all; remove it')
+    if "vectors" in (chosen.takes or ()) and "vectors" not in (takes or KINDS):
+        raise UserError(f'optimizer.takes has vectors, but optimizer "{chosen.name}" is for matrices; take it out')
+    kinds = kinds_of(model.model, model.head.weight)
+    rest = {name for name in model.trainable() if kinds[name] not in (chosen.takes or takes or KINDS)}
+    if chosen.rest_rate is not None and not rest:
+        raise UserError(
+            f'optimizer.rest_rate means nothing where optimizer "{chosen.name}" takes all that is trained; remove it'
+        )
+    ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
+    wide = {name for name in model.trainable() if kinds[name] in ("matrices", "head")}
+    groups = parameter_groups(
+        model.trainable().items(), chosen.rate, ratio, rest, chosen.rest_rate, *_width(recipe, model, wide)
+    )
+    hidden = [p for name, p in model.trainable().items() if kinds[name] == "matrices"]
+    return _around(_built(optimizer, groups, recipe), recipe, hidden)
+
+
+def _width(recipe: Recipe, model: CausalLM, wide: set[str]) -> tuple[set[str], float]:
+    """muP's slower tensors, of ``wide``, and by how much they are so. Raises UserError where its rates do not hold."""
+    chosen = recipe.optimizer
+    if chosen.mup_width is None:
+        return set(), 1.0
+    if chosen.name not in MUP:
+        raise UserError(
+            f'optimizer.mup_width means nothing with optimizer "{chosen.name}", whose steps are not of the size of the '
+            f"rate; use one of {', '.join(MUP)}"
+        )
+    if model.head.weight is model.hf.get_input_embeddings().weight:
+        raise UserError(
+            "optimizer.mup_width is for models whose head has a weight of its own, since one that is tied to the "
+            "embedding learns at one rate and muP wants two; remove it"
+        )
+    return wide, model.head.weight.shape[-1] / chosen.mup_width
+
+
+def _around(rule: Optimizer, recipe: Recipe, hidden: Sequence[Tensor]) -> Optimizer:
+    """The rule with what the recipe puts around it; hidden: the trained matrices."""
+    chosen, train = recipe.optimizer, recipe.train
+    _require_fit(rule, recipe)
+    if chosen.mechanic:
+        rule = Mechanic(rule)
+    if chosen.nap:
+        rule = NaP(rule, hidden)
+    if chosen.ema is not None:
+        rule = EMA(rule, chosen.ema)
+    return rule if train.clip_growth is None else Growth(rule, train.clip_growth)
+
+
+def _require_fit(rule: Optimizer, recipe: Recipe) -> None:
+    """Raise UserError for what means nothing around ``rule``."""
+    chosen, train = recipe.optimizer, recipe.train
+    name = f'optimizer "{chosen.name}"'
+    averages, finds, sees = (getattr(rule, trait, False) for trait in ("averages_weights", "finds_rate", "sees_loss"))
+    clipping = {"train.clip": train.clip, "train.clip_growth": train.clip_growth}
+    key = next((key for key, value in clipping.items() if value is not None), None)
+    if sees and key:
+        raise UserError(f"{name} holds each gradient against its loss, so it must not be clipped; set {key}=none")
+    own = "finds its own rate" if finds else "takes its rate from the loss" if sees else None
+    own = "keeps an average of its weights" if averages else own
+    if chosen.mechanic and own:
+        raise UserError(f"optimizer.mechanic means nothing with {name}, which {own}; remove it")
+    if chosen.ema is not None and averages:
+        raise UserError(f"optimizer.ema means nothing with {name}, which keeps an average of its own; remove it")
+    if chosen.nap and (chosen.mechanic or averages):
+        other = "optimizer.mechanic" if chosen.mechanic else name
+        raise UserError(
+            f"optimizer.nap means nothing with {other}, which goes by how far weights are from where they began; "
+            "remove one"
+        )
+
+
+def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
+    name = f'optimizer "{recipe.optimizer.name}"'
+    try:
+        built = optimizer(groups, recipe.optimizer.rate)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{name}: {error}; correct the options under optimizer") from error
+    if not isinstance(built, Optimizer) or not all("peak" in group for group in built.param_groups):
+        raise UserError(
+            f"{name} is no torch.optim.Optimizer over the groups that it was given; subclass it, and hand them on"
+        )
+    return built
