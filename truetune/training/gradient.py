@@ -65,7 +65,7 @@ def l1_of(parameters: Iterable[nn.Parameter]) -> Tensor:
     over 4e7 equal values is 7 % short, and several times as slow.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if any(g.is_cuda for g in gradients):  # there it is a tree of sums, and one launch for all
+    if any(g.device.type != "cpu" for g in gradients):  # there it is a tree of sums, and one launch for all
         return nn.utils.get_total_norm(gradients, 1.0).double()
     pieces = [piece.abs().sum() for g in gradients for piece in g.flatten().split(_PIECE)]
     return torch.stack(pieces).double().sum() if pieces else torch.zeros((), dtype=torch.float64)
