@@ -82,3 +82,9 @@ def require_finite(loss: float, norm: float, step: int) -> None:
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not abs(value) < float("inf"):
             raise NonFinite(f"the {name} of step {step} is {value}; no weight was changed")
+
+
+def not_finite(loss: Tensor, norm: Tensor, before: Tensor | None) -> Tensor:
+    """1.0 where one of them is no number or ``before`` is 1.0, else 0.0, a scalar of the device."""
+    found = (~(loss.isfinite() & norm.isfinite())).float()
+    return found if before is None else torch.maximum(found, before)

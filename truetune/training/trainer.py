@@ -37,7 +37,7 @@ from truetune.optim import AROUND, SHARED, averaged, averages, set_rate, take_av
 from truetune.schedules import Schedule, ends_of
 from truetune.training.checkpoint import Checkpoints, atomic_folder
 from truetune.training.evaluate import Evaluator, Sampler
-from truetune.training.gradient import NonFinite, accumulate, clip, l1_of, norm_of, require_finite
+from truetune.training.gradient import NonFinite, accumulate, clip, l1_of, norm_of, not_finite, require_finite
 from truetune.training.integrity import Fingerprint, fingerprints, integrity
 from truetune.training.patience import patiently
 from truetune.training.record import BEST_LOST, Alarm, Checks, Evaluation, Record, Samples, Saved, Step, Verdict
@@ -234,7 +234,7 @@ class Trainer:
             self._require_finite(taken)
         clip(parameters, self.clip, norm)
         if self._runs_ahead:
-            self._held = _not_finite(means.total, norm, self._held)
+            self._held = not_finite(means.total, norm, self._held)
             self.optimizer.found_inf = self._held  # type: ignore[attr-defined]
         take_step(self.optimizer, means.total)
         if self._runs_ahead:
@@ -435,12 +435,6 @@ class Trainer:
         except OSError as error:
             return f"what shows it again could not be written to {folder} ({error.strerror}); lower the rate"
         return f"batch, random state and weights are in {folder}; lower the rate, or look at these rows"
-
-
-def _not_finite(loss: Tensor, norm: Tensor, before: Tensor | None) -> Tensor:
-    """1.0 where one of them is no number or ``before`` is 1.0, else 0.0, a scalar of the device."""
-    found = (~(loss.isfinite() & norm.isfinite())).float()
-    return found if before is None else torch.maximum(found, before)
 
 
 def _require_finite(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
