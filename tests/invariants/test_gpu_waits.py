@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import random_documents, tiny, tiny_trainer, wrap
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from truetune.data.batch import Batch
+from truetune.data.batch import Batch, Document
 from truetune.devices import to_device
 from truetune.kernels import triton as table
 from truetune.kernels.int8_linear import int8_lora_linears
@@ -102,6 +103,15 @@ def run(trainer: Trainer, steps: int = 2) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2"])
 def test_a_step_waits_for_nothing(family: str, lora: bool) -> None:
     run(on_device(family, lora))
+
+
+def test_documents_that_share_rows_wait_for_nothing() -> None:
+    start = np.arange(3, 33, dtype=np.int32)
+    tokens = [np.append(start, d.tokens) for d in random_documents(8)]
+    trainer = on_device(shares=True, tokens_per_micro_batch=120)
+    trainer.documents = [Document(t, np.arange(len(t)) > 20) for t in tokens] * 4
+    assert any(batch.shared for batch in trainer.batches(0))
+    run(trainer)
 
 
 def reading(read: Callable[[Tensor], object]) -> NextToken:
