@@ -64,7 +64,7 @@ class Taken:
     batches: list[Batch]
     figures: Figures
     router: bool
-    furthest: tuple[float, float]
+    furthest: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass
@@ -227,9 +227,7 @@ class Trainer:
         figures = Figures(torch.stack([figure.to(router.device) for figure in found]))  # without gradients on the host
         factor = self.schedule(self.step)
         set_rate(self.optimizer, factor)
-        furthest = max(self.optimizer.param_groups, key=lambda g: (abs(g["lr"] - factor * g["peak"]), g["peak"]))
-        rates = furthest["lr"], factor * furthest["peak"]
-        taken = Taken(self.step, started, random_state, batches, figures, means.router is not None, rates)
+        taken = Taken(self.step, started, random_state, batches, figures, means.router is not None)
         if not self._runs_ahead:
             self._require_finite(taken)
         clip(parameters, self.clip, norm)
@@ -241,7 +239,8 @@ class Trainer:
             del self.optimizer.found_inf  # type: ignore[attr-defined]
         self.model.zero_grad(set_to_none=True)
         self.step += 1
-        return taken
+        furthest = max(self.optimizer.param_groups, key=lambda g: (abs(g["lr"] - factor * g["peak"]), g["peak"]))
+        return replace(taken, furthest=(furthest["lr"], factor * furthest["peak"]))
 
     def _require_finite(self, taken: Taken) -> None:
         """Raise NonFinite, with the weights as they were before the step, if it found what is no number."""
