@@ -23,6 +23,8 @@ from truetune.data.chat import Renderer
 from truetune.errors import UserError
 from truetune.kernels.native.memory import keep_memory
 from truetune.kernels.op import is_on
+from truetune.kernels.triton import install
+from truetune.kernels.triton.choices import chosen_for
 from truetune.models.adapt import add_lora
 from truetune.models.adapter import continued
 from truetune.models.coverage import coverage
@@ -186,6 +188,7 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     device = pick_device(recipe.device)
     if device.type == "cpu":
         keep_memory()
+    install(chosen_for(device))
     dtype = pick_dtype(recipe.model.precision, device)
     adapter = recipe.adapter
     # A trained weight is kept in fp32, whatever it is computed in: bf16 would round its updates away.

@@ -22,6 +22,7 @@ from truetune.assembly import Job, recomputation
 from truetune.errors import UserError
 from truetune.kernels.native.build import kernels
 from truetune.kernels.op import FAST_PATHS, is_on
+from truetune.kernels.triton.choices import chosen_for
 from truetune.models.adapt import START
 from truetune.models.adapter import provenance
 from truetune.rows import sources_of
@@ -114,7 +115,7 @@ def environment(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "kernels": compiled() if device.type == "cpu" else "torch",
+        "kernels": compiled() if device.type == "cpu" else ", ".join(chosen_for(device)) or "torch",
     }
 
 

@@ -288,13 +288,14 @@ def _result(facts: Facts) -> dict[str, Any]:
     """What came of the run, by the records in its file: one that was resumed has dropped what it repeats."""
     before = last = best = None
     keeps_best = facts.values["recipe"]["checkpoint"]["keep_best"]
-    steps, memory = 0, 0
+    steps, peaks = 0, {"memory": 0, "gpu_memory": None, "gpu_reserved": None}
     totals: dict[str, float] = dict.fromkeys(("tokens", "targets", "tokens_once", "targets_once", "seconds"), 0)
     with (facts.file.parent / "metrics.jsonl").open(encoding="utf-8") as lines:
         for record in map(json.loads, lines):  # one at a time: a long run has more than should be held at once
             match record["kind"]:
                 case "step":
-                    steps, memory = record["step"], max(memory, record["memory"])
+                    steps = record["step"]
+                    peaks = {key: max(record.get(key) or 0, peak or 0) or peak for key, peak in peaks.items()}
                     for key in totals:
                         once = record.get(key)  # None in older records, which shared nothing
                         totals[key] += record[key.removesuffix("_once")] if once is None else once
@@ -310,7 +311,7 @@ def _result(facts: Facts) -> dict[str, Any]:
         "after": best if keeps_best else last,
         "steps": steps,
         **totals,
-        "peak_memory": memory,
+        **{f"peak_{key}": peak for key, peak in peaks.items()},
         "tokens_per_second": totals["tokens_once"] / totals["seconds"] if quoted else None,
         "targets_per_second": totals["targets_once"] / totals["seconds"] if quoted else None,
     }

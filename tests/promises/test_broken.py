@@ -120,7 +120,10 @@ def changed_batches(monkeypatch: Patch, change: Callable[[Batch], dict[str, Any]
 
     def of(cls: type[Batch], *arguments: Any) -> Batch:
         batch = made(cls, *arguments)
-        return dataclasses.replace(batch, **change(batch))
+        changed = dataclasses.replace(batch, **change(batch))
+        learned = (changed.labels != IGNORE).nonzero()[:, 0]
+        weight = torch.ones(len(learned)) if changed.weights is None else changed.weights
+        return dataclasses.replace(changed, learned=learned, total=float(weight.double().sum()))
 
     monkeypatch.setattr(Batch, "of", classmethod(of))
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from folders import invoke
+from interpreted import exact
 
 from truetune.bench import kernels
+from truetune.bench.kernels import with_triton
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +45,45 @@ def test_what_is_fast_and_wrong_shows_its_error() -> None:
 def test_an_operation_that_there_is_not_is_one_sentence() -> None:
     result = invoke("bench", "kernels", "--only", "flash")
     assert result.exit_code == 2 and "there is no operation flash to time; choose among: " in result.stderr
+
+
+def measured(triton: list[float], error: float = 1e-3, name: str = "gated") -> dict[str, Any]:
+    seconds = {"truetune": [2.0] * 4, "torch": [1.0] * 4, "triton": triton}
+    return {"name": name, "seconds": seconds, "errors": {"truetune": 1e-3, "torch": 1e-3, "triton": error}}
+
+
+@pytest.mark.parametrize(
+    ("results", "won"),
+    [
+        ([measured([0.5, 0.5, 0.5, 1.5])], ["gated"]),
+        ([measured([0.5, 0.5, 1.5, 1.5])], []),  # of torch's own it loses every other turn
+        ([measured([0.5] * 4, error=2.1e-3)], []),
+        ([measured([0.5] * 4), measured([1.5] * 4)], []),  # it has to win whatever is asked
+        ([measured([0.5] * 4), measured([1.5] * 4, name="rope")], ["gated"]),
+    ],
+)
+def test_a_kernel_is_chosen_that_is_faster_and_as_right(results: list[dict[str, Any]], won: list[str]) -> None:
+    assert kernels.winners(results) == won
+
+
+def test_the_choice_is_kept_for_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The GPU's place is taken by this processor, and the kernels' times by injected ones."""
+    monkeypatch.setenv("TRUETUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "Imagined GPU")
+    monkeypatch.setattr(kernels, "cases", list)
+    monkeypatch.setattr(kernels, "winners", lambda results: ["gated"])
+    kernels.write([], 1, None, choose=True)
+    assert json.loads((tmp_path / "kernels" / "imagined-gpu.json").read_text())["chosen"] == ["gated"]
+
+
+def test_without_a_gpu_there_is_nothing_to_choose() -> None:
+    result = invoke("bench", "kernels", "--choose")
+    assert result.exit_code == 2 and "torch sees none; see truetune doctor" in result.stderr
+
+
+def test_our_kernel_is_one_more_way() -> None:
+    (case,) = (case for case in kernels.cases() if case.name == "gated")
+    with exact():
+        errors = kernels.measure(with_triton(case, "cpu"), 1)["errors"]
+    assert errors["triton"] <= 2 * errors["reference"]

@@ -24,14 +24,18 @@ def time_kernels(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of each.")] = 7,
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the raw samples there, as JSON.")] = None,
+    choose: Annotated[
+        bool, typer.Option("--choose", help="From now on run those of our kernels that won on this GPU.")
+    ] = False,
 ) -> None:
     """Time every operation, forward and backward, against plain torch and torch's own.
 
-    Samples are taken in turns, so that a slow minute of the machine meets all alike.
+    Samples are taken in turns, so that a slow minute of the machine meets all alike. On a GPU, where torch sees one,
+    our Triton kernels are timed too.
     """
     from truetune.bench.kernels import write
 
-    write(only or [], repeats, to)
+    write(only or [], repeats, to, choose)
 
 
 @app.command("training")

@@ -3,6 +3,8 @@
 The ways are timed in turns; a figure is a median, with the quartiles of its ratio to ours. Beside it stands the error
 of outputs and gradients against the reference in float64, without which a time says nothing. What is asked: a bf16
 model of hidden size 896 with heads of 64, 2,048 tokens.
+
+On a GPU our Triton kernels are one more way. One that wins can be chosen for GPUs of that name (``winners``).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +33,13 @@ from truetune.kernels.gated import gated
 from truetune.kernels.op import FAST_PATHS, is_on
 from truetune.kernels.rms_norm import rms_norm
 from truetune.kernels.rope import rope
+from truetune.kernels.triton import KERNELS, switched_on
+from truetune.kernels.triton.choices import keep
 
 HIDDEN, INNER, SIZE, TOKENS, ENTRIES, RANK = 896, 4864, 64, 2048, 32_000, 16
 WARM = 2
 """Calls before the first that counts."""
-OURS, PLAIN, TORCH = "truetune", "reference", "torch"
+OURS, PLAIN, TORCH, TRITON = "truetune", "reference", "torch", "triton"
 
 
 class Case(NamedTuple):
@@ -143,14 +148,46 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     errors = {}
     for i in range(WARM + repeats):
         for way, function in case.ways.items():
-            start = time.perf_counter()
+            start = _now(case.tensors[0])
             found = _observe(function, case.tensors)
             if i >= WARM:
-                seconds[way].append(time.perf_counter() - start)
+                seconds[way].append(_now(case.tensors[0]) - start)
             errors[way] = max(
                 float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True) if b.norm()
             )
     return {"name": case.name, "asked": case.asked, "seconds": seconds, "errors": errors}
+
+
+def _now(tensor: Tensor) -> float:
+    """The time when all that was handed to the tensor's device is done."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+def with_triton(case: Case, device: str = "cuda") -> Case:
+    """The case with our Triton kernel as one more way."""
+
+    def kernel(*tensors: Tensor) -> Tensor:
+        with switched_on(device, case.name):
+            return case.ways[OURS](*tensors)
+
+    return case._replace(ways=case.ways | {TRITON: kernel})
+
+
+def winners(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Operations whose Triton kernel was faster than every other way in three quarters of the turns, whatever was
+    asked of it, and erred at most twice as much as what it replaces."""
+    won: dict[str, bool] = {}
+    for found in results:
+        if TRITON not in found["seconds"]:
+            continue
+        ours, errors = found["seconds"][TRITON], found["errors"]
+        fastest = [min(turn) for turn in zip(*(s for way, s in found["seconds"].items() if way != TRITON), strict=True)]
+        faster = sum(mine < theirs for mine, theirs in zip(ours, fastest, strict=True)) >= 0.75 * len(ours)
+        right = errors[TRITON] <= 2 * errors[OURS]
+        won[found["name"]] = won.get(found["name"], True) and faster and right
+    return [name for name, did in won.items() if did]
 
 
 def _observe(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -162,14 +199,26 @@ def _observe(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list
 
 def _readout(out: Tensor) -> Tensor:
     """Fixed, and cheap beside what is timed."""
-    row = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)
+    row = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device)
     return row.expand_as(out).contiguous()
 
 
-def write(only: Sequence[str], repeats: int, to: Path | None) -> None:
-    """Measure and print; the raw samples go to ``to``. Raises UserError for an operation that there is not."""
+def write(only: Sequence[str], repeats: int, to: Path | None, choose: bool = False) -> None:
+    """Measure and print; the raw samples go to ``to``. choose: keep what won for GPUs of this name.
+
+    Raises UserError for an operation that there is not, and where there is nothing to choose.
+    """
     torch.manual_seed(0)
-    chosen = list(cases())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if choose and (not gpu or only):
+        raise UserError(
+            "--choose decides over all our kernels on a GPU, "
+            + ("so they are timed together; leave out --only" if gpu else "and torch sees none; see truetune doctor")
+        )
+    with torch.device("cuda" if gpu else "cpu"):
+        chosen = list(cases())
+    if gpu and find_spec("triton"):
+        chosen = [with_triton(case) if case.name in KERNELS else case for case in chosen]
     names = list(dict.fromkeys(case.name for case in chosen))
     if unknown := sorted(set(only) - set(names)):
         raise UserError(f"there is no operation {unknown[0]} to time; choose among: {', '.join(names)}")
@@ -181,6 +230,10 @@ def write(only: Sequence[str], repeats: int, to: Path | None) -> None:
     if to:
         to.write_text(json.dumps({"machine": machine(), "repeats": repeats, "results": found}, indent=1) + "\n")
         print(f"raw samples: {to}")
+    if choose and gpu:
+        won = winners(found)
+        file = keep(gpu, won, {"machine": machine(), "repeats": repeats, "results": found})
+        print(f"chosen: {', '.join(won) or 'none of our kernels; torch is faster'} ({file})")
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
@@ -203,5 +256,6 @@ def machine() -> dict[str, Any]:
         "cpu": str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor()),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "fast_paths": [name for name in FAST_PATHS if is_on(name)],
     }

@@ -97,6 +97,8 @@ class Batch:
     labels:    int64 [T], shifted; ``IGNORE`` where the next token is no target.
     positions: int64 [T], those of the documents alone.
     lengths:   rows that each document adds, on the host; they add up to T. All of its tokens, unless it shares some.
+    learned:   int64 [N], ascending; the rows that have a label. The host knows them, and a GPU need not be asked.
+    total:     what all labels count for together, a number of the host.
     weights:   float32 [T], of the labels; 0 where there is none. None: every label counts 1.
     shared:    None: no row belongs to two documents.
     """
@@ -105,6 +107,8 @@ class Batch:
     labels: Tensor
     positions: Tensor
     lengths: tuple[int, ...]
+    learned: Tensor
+    total: float
     weights: Tensor | None = None
     shared: Shared | None = None
 
@@ -112,6 +116,8 @@ class Batch:
     def of(cls, documents: Sequence[Document], device: torch.device | str = "cpu", shares: bool = False) -> Batch:
         """Lay the documents end to end on ``device``; shares: what each has in common with the one before it, once."""
         import torch  # here, since processes that make documents alone start sooner without it
+
+        from truetune.devices import to_device
 
         places: list[np.ndarray] = []  # the rows of each document
         lengths, size = [], 0
@@ -130,13 +136,16 @@ class Batch:
             weights[learned] += 1 if d.weights is None else d.weights[1:][targets]
             times[learned] += 1
         weighed = any(d.weights is not None for d in documents) or bool((times > 1).any())
-        every = np.concatenate(places)
+        every, learned = np.concatenate(places), np.flatnonzero(labels != IGNORE)
+        weight = torch.from_numpy(weights)
         return cls(
-            torch.from_numpy(tokens).to(device),
-            torch.from_numpy(labels).to(device),
-            torch.from_numpy(positions).to(device),
+            to_device(torch.from_numpy(tokens), device),
+            to_device(torch.from_numpy(labels), device),
+            to_device(torch.from_numpy(positions), device),
             tuple(lengths),
-            torch.from_numpy(weights).to(device) if weighed else None,
+            to_device(torch.from_numpy(learned), device),
+            float(weight.double().sum()) if weighed else float(len(learned)),
+            to_device(weight, device) if weighed else None,
             None if len(every) == size else Shared(every, tuple(map(len, documents)), times),
         )
 
@@ -146,11 +155,15 @@ class Batch:
         return len(self.tokens) if self.shared is None else len(self.shared.rows)
 
     @property
+    def target_count(self) -> int:
+        """Tokens that the documents are to predict; a shared one counts for each."""
+        return len(self.learned) if self.shared is None else int(self.shared.times.sum())
+
+    @property
     def targets(self) -> Tensor:
-        """The tokens that the documents are to predict, int64 [N]; a shared one stands here for each."""
+        """Those tokens, int64; a shared one stands here for each."""
         import torch
 
-        chosen = self.labels != IGNORE
         if self.shared is None:
-            return self.labels[chosen]
+            return self.labels[self.learned]
         return self.labels.repeat_interleave(torch.from_numpy(self.shared.times).to(self.labels.device))

@@ -5,8 +5,5 @@ from truetune.kernels.int8_linear import int8_lora_linears
 from truetune.kernels.linear_cross_entropy import LossTerms, linear_cross_entropy
 from truetune.kernels.lora_linear import lora_linear
 from truetune.kernels.op import Op
-from truetune.kernels.triton import install
 
 __all__ = ["LossTerms", "Op", "int8_lora_linears", "linear_cross_entropy", "lora_linear", "packed_attention"]
-
-install()

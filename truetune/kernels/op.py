@@ -73,16 +73,21 @@ def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Autocast's dtype where ``tensor`` is, None where it is off or there is none."""
+    device = tensor.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which ``F.linear`` would multiply these: autocast's where it is on, else their own.
 
     Raises ValueError if autocast is off and they differ.
     """
     first = tensors[0]
-    device = first.device.type
-    known = torch.amp.is_autocast_available(device)
-    if known and torch.is_autocast_enabled(device) and first.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if first.dtype != torch.float64 and (dtype := autocast_dtype(first)):
+        return dtype
     if any(t.dtype != first.dtype for t in tensors):
         found = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
         raise ValueError(f"cannot multiply {found}; give them one dtype, or call under torch.autocast")

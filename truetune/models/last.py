@@ -41,9 +41,8 @@ class Reading:
 
     @cached_property
     def rest(self) -> Tensor:
-        unread = torch.ones(self.tokens, dtype=torch.bool, device=self.rows.device)
-        unread[self.rows] = False
-        return unread.nonzero()[:, 0]
+        read = torch.zeros(self.tokens, dtype=torch.int8, device=self.rows.device).index_fill(0, self.rows, 1)
+        return read.argsort(stable=True)[: self.tokens - len(self.rows)]  # a GPU would be waited for by nonzero()
 
     def of_all(self, q_HNd: Tensor, k_KNd: Tensor, v_KNe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all tokens from those of the rows; queries that nobody reads are 0."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from truetune.data.batch import SHORTEST, Batch, Document
+from truetune.devices import to_device
 from truetune.errors import UserError
 from truetune.kernels.attention import packed_attention
 from truetune.kernels.op import is_on
@@ -125,12 +126,10 @@ def _asked(router: bool) -> dict[str, bool]:
 
 
 def _flat(decoder: nn.Module, batch: Batch, router: bool = False, rows: Tensor | None = None) -> States:
-    lengths = torch.tensor((0, *batch.lengths), dtype=torch.int32, device=batch.tokens.device)
-    cumulative = lengths.cumsum(0, dtype=torch.int32)
-    longest = max(batch.lengths)
-    number = torch.repeat_interleave(
-        torch.arange(len(batch.lengths), dtype=torch.int32, device=batch.tokens.device), lengths[1:]
-    )
+    lengths = torch.tensor((0, *batch.lengths), dtype=torch.int32)
+    number = torch.repeat_interleave(torch.arange(len(batch.lengths), dtype=torch.int32), lengths[1:])
+    device, longest = batch.tokens.device, max(batch.lengths)
+    cumulative, number = (to_device(x, device) for x in (lengths.cumsum(0, dtype=torch.int32), number))
     out = decoder(
         input_ids=batch.tokens[None],
         position_ids=batch.positions[None],
@@ -269,8 +268,8 @@ def recompute_disproof(model: PreTrainedModel, decoder: str, route: Route) -> st
 
 def _ragged() -> Batch:
     lengths = (7, 1, 13, 10, 4)
-    tokens = torch.randint(3, 60, (sum(lengths),), generator=torch.Generator().manual_seed(0))
-    return Batch(tokens, tokens, torch.cat([torch.arange(n) for n in lengths]), lengths)
+    tokens = torch.randint(3, 60, (sum(lengths),), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    return Batch.of([Document(part.numpy(), np.zeros(len(part), dtype=bool)) for part in tokens.split(lengths)])
 
 
 def _disproof(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from truetune.devices import to_device
 from truetune.errors import UserError
 from truetune.models.wrap import CausalLM
 
@@ -95,8 +96,8 @@ def load_balance(logits: Sequence[Tensor], lengths: Sequence[int], chosen: int) 
     """``balance`` of each document [N], in fp32 or above, from the router's logits [T, E] of each layer."""
     dtype, device, experts = logits[0].dtype, logits[0].device, logits[0].shape[-1]
     dtype = torch.promote_types(dtype, torch.float32)
-    rows_N = torch.tensor(lengths, device=device)
-    document_T = torch.repeat_interleave(torch.arange(len(lengths), device=device), rows_N)
+    rows_N = to_device(torch.tensor(lengths), device)
+    document_T = torch.repeat_interleave(torch.arange(len(lengths), device=device), rows_N, output_size=sum(lengths))
     share_NE = torch.zeros(len(lengths), experts, dtype=dtype, device=device)
     probability_NE = torch.zeros_like(share_NE)
     for layer_TE in logits:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from truetune.kernels.op import autocast_dtype
 from truetune.models.targets import forward_once
 
 
@@ -32,10 +33,8 @@ class Together:
 
     def output(self, layer: Any, x: Tensor) -> Tensor:
         """Of ``layer``, which is one of ``layers``, for x."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         tensors = (x, *(p for each in self.layers for p in each.parameters()))
-        state = (torch.is_grad_enabled(), dtype, *(0 if t.is_inference() else t._version for t in tensors))
+        state = (torch.is_grad_enabled(), autocast_dtype(x), *(0 if t.is_inference() else t._version for t in tensors))
         if self._x is not x or self._state != state or layer not in self._waiting:
             self._x, self._state = x, state
             self._waiting = dict(zip(self.layers, self.compute(x, self.layers), strict=True))

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from truetune.data.batch import Batch
+from truetune.data.batch import Batch, Document
 from truetune.errors import UserError
 from truetune.models.adapt import START, low_rank
 from truetune.models.int8 import original_weights
@@ -115,10 +116,9 @@ class CausalLM(nn.Module):
         decoder = self.hf.get_submodule(self.tail.decoder)
 
         def run(length: int) -> States:
-            tokens = torch.arange(length, device=self.device) % len(self.head.weight)
-            return self.route.states(
-                decoder, Batch(tokens, tokens, torch.arange(length, device=self.device), (length,))
-            )
+            tokens = np.arange(length, dtype=np.int32) % len(self.head.weight)
+            document = Document(tokens, np.zeros(length, dtype=bool))
+            return self.route.states(decoder, Batch.of([document], self.device))
 
         layers, training = recomputable(decoder), self.training
         self.train()  # for the masks of dropout are kept too

@@ -25,15 +25,13 @@ class NextToken:
         self.router = router
 
     def count(self, batch: Batch) -> float:
-        if batch.weights is None:
-            return float((batch.labels != IGNORE).sum())
-        return float(batch.weights.double().sum())
+        return batch.total
 
     def __call__(self, model: CausalLM, batch: Batch) -> Terms:
         """Raises ValueError for a router loss of documents that share rows."""
         if self.router and batch.shared is not None:
             raise ValueError("a router loss is one of each document, so they share no rows; lay them out apart")
-        chosen = (batch.labels != IGNORE).nonzero()[:, 0]
+        chosen = batch.learned
         with model.autocast():
             states = model.states(batch, router=True) if self.router else None
             hidden_ND = states.hidden[chosen] if states else model(batch, chosen)

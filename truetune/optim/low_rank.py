@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from truetune.devices import to_device
 from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
 
 
@@ -182,7 +183,8 @@ class Apollo(LowRank):
 
     def update(self, x: Tensor, g: Tensor, t: int, state: State, group: dict[str, Any]) -> None:
         side = min(g.shape[-2:])
-        low = project(g, random_projection(side, min(group["rank"], side), (t - 1) // group["gap"]).to(g))
+        random = random_projection(side, min(group["rank"], side), (t - 1) // group["gap"])
+        low = project(g, to_device(random.to(g.dtype), g.device))
         psi = self.adam(low, state, group)
         axes = (-2, -1) if group["per"] == "tensor" else (-1,) if is_tall(g) else (-2,)
         s = psi.norm(dim=axes, keepdim=True) / (low.norm(dim=axes, keepdim=True) + 1e-8)

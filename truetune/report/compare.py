@@ -140,6 +140,7 @@ def _figures(name: str, run: Run) -> Json:
         "tokens_per_second": None if run.void else run.get("result.tokens_per_second"),
         "void": run.void,
         "peak_memory": run.memory,
+        "peak_gpu_memory": run.get("result.peak_gpu_memory"),
         "evaluations": looks(run),
     }
 
@@ -155,6 +156,11 @@ def _spoken(value: float | None, spell: Any) -> str:
     return "not recorded" if value is None else spell(value)
 
 
+def _memory(run: Run) -> str:
+    gpu = run.get("result.peak_gpu_memory")
+    return _spoken(run.memory, size) + (f", of the GPU {size(gpu)}" if gpu else "")
+
+
 RESULTS = {
     "Status": lambda run: run.get("status", "not recorded"),
     "Held-out loss before": lambda run: _loss(run.before),
@@ -166,7 +172,7 @@ RESULTS = {
     "Target tokens": lambda run: facts.count(run.total("targets")),
     "Time in steps": lambda run: _spoken(run.total("seconds"), duration),
     "Throughput": lambda run: "not quoted" if run.void else facts.throughput(run).partition(", ")[0],
-    "Peak memory": lambda run: _spoken(run.memory, size),
+    "Peak memory": _memory,
 }
 """Label -> what a run says of it."""
 

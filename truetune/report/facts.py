@@ -79,6 +79,7 @@ def totals(run: Run) -> list[Row]:
         ("Time in steps" if run.get("result.seconds") is None else "Time", seconds, duration),
         ("Throughput", throughput(run), str),
         ("Peak memory", run.memory, size),
+        ("Peak memory of the GPU", run.get("result.peak_gpu_memory"), size),
         ("Machine", ", ".join(part for part in machine if part) or None, str),
     )
 

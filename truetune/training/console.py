@@ -124,7 +124,7 @@ class Console:
             f"grad {record.gradient_norm:.3g}",
             "tokens/s not quoted" if speed is None else f"{speed:,.0f} tokens/s",
             f"{duration(left)} left, done {clock}" if left else "done",
-            size(record.memory),
+            size(record.gpu_memory or record.memory),
         )
 
     def _evaluation(self, record: Evaluation) -> None:

@@ -65,7 +65,7 @@ def l1_of(parameters: Iterable[nn.Parameter]) -> Tensor:
     over 4e7 equal values is 7 % short, and several times as slow.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if any(g.is_cuda for g in gradients):  # there it is a tree of sums, and one launch for all
+    if any(g.device.type != "cpu" for g in gradients):  # there it is a tree of sums, and one launch for all
         return nn.utils.get_total_norm(gradients, 1.0).double()
     pieces = [piece.abs().sum() for g in gradients for piece in g.flatten().split(_PIECE)]
     return torch.stack(pieces).double().sum() if pieces else torch.zeros((), dtype=torch.float64)
@@ -82,3 +82,9 @@ def require_finite(loss: float, norm: float, step: int) -> None:
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not abs(value) < float("inf"):
             raise NonFinite(f"the {name} of step {step} is {value}; no weight was changed")
+
+
+def not_finite(loss: Tensor, norm: Tensor, before: Tensor | None) -> Tensor:
+    """1.0 where one of them is no number or ``before`` is 1.0, else 0.0, a scalar of the device."""
+    found = (~(loss.isfinite() & norm.isfinite())).float()
+    return found if before is None else torch.maximum(found, before)

@@ -52,7 +52,9 @@ class Step:
     rate the learning rate of the group that is furthest from its plan (else of the
     fastest), as the optimizer used it, and planned what
     the schedule says it should be; seconds the wall time of the step;
-    memory the resident bytes of the process; tokens and targets are those of the step's documents, tokens_once and
+    memory the resident bytes of the process; gpu_memory and gpu_reserved the most bytes so far that tensors took on a
+    GPU and that torch reserved for them (None without one);
+    tokens and targets are those of the step's documents, tokens_once and
     targets_once the same with shared prefixes counted once, as they were computed (None in older records, which shared
     nothing); tokens_per_second counts tokens_once (nothing is padding) and is None once a check has failed;
     router_loss is what the objective adds to ``loss`` for the balance of experts, None where it adds nothing.
@@ -75,6 +77,8 @@ class Step:
     gradient_norm_l1: float | None = None
     tokens_once: int | None = None
     targets_once: int | None = None
+    gpu_memory: int | None = None
+    gpu_reserved: int | None = None
 
     @property
     def computed(self) -> int:

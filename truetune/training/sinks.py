@@ -147,6 +147,7 @@ def _scalars(record: Record) -> Iterator[tuple[str, float]]:
     match record:
         case Step():
             names = ("loss", "router_loss", "rate", "gradient_norm", "gradient_norm_l1", "tokens_per_second", "memory")
+            names += ("gpu_memory", "gpu_reserved")
         case Evaluation():
             names = ("loss", "perplexity", "accuracy")
     for name in names:

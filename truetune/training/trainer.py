@@ -3,6 +3,10 @@
 Whoever wants to know iterates: ``for record in watch(trainer.steps())``. A step is a pure function of its
 number (``data.stream``), the weights, the optimizer's state and torch's random state, so that a checkpoint
 of these four continues bit for bit.
+
+On a GPU nothing in a step waits for a value. What a step found is read after the next one has been handed over, so that
+the GPU always has work; should it be no number, the GPU itself leaves the weights alone from that step on
+(``Trainer._held``), until it has been read and the run ends.
 """
 
 from __future__ import annotations
@@ -22,9 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from truetune.data.batch import IGNORE, Batch, Document
+from truetune.data.batch import Batch, Document
 from truetune.data.prefixes import packed_by_prefix
 from truetune.data.stream import Stream
+from truetune.devices import Figures, peak_memory
 from truetune.errors import UserError
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
@@ -32,7 +37,7 @@ from truetune.optim import AROUND, SHARED, averaged, averages, set_rate, take_av
 from truetune.schedules import Schedule, ends_of
 from truetune.training.checkpoint import Checkpoints, atomic_folder
 from truetune.training.evaluate import Evaluator, Sampler
-from truetune.training.gradient import NonFinite, accumulate, clip, l1_of, norm_of, require_finite
+from truetune.training.gradient import NonFinite, accumulate, clip, l1_of, norm_of, not_finite, require_finite
 from truetune.training.integrity import Fingerprint, fingerprints, integrity
 from truetune.training.patience import patiently
 from truetune.training.record import BEST_LOST, Alarm, Checks, Evaluation, Record, Samples, Saved, Step, Verdict
@@ -46,6 +51,20 @@ class CheckFailed(UserError):
 
 class Halted(BaseException):
     """``Trainer.halt`` ends what is under way. No Exception, so that nothing on its way out catches it."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that the device was given. figures: loss with the router loss, router loss (0 without), L2 and L1 norm of
+    the gradient; furthest: rate and planned rate of the group that is furthest from its plan."""
+
+    step: int
+    started: float
+    random_state: Tensor
+    batches: list[Batch]
+    figures: Figures
+    router: bool
+    furthest: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass
@@ -90,7 +109,10 @@ class Trainer:
     best: Evaluation | None = None
     start: dict[str, Fingerprint] = field(default_factory=dict, repr=False)
     _idle: bool = False
-    _flat: set[str] = field(default_factory=set, repr=False)
+    _flat: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _unread: Taken | None = field(default=None, repr=False)
+    _held: Tensor | None = field(default=None, repr=False)
+    _read: float = field(default=0.0, repr=False)
     _saved: float = field(default_factory=time.monotonic, repr=False)
     _process: psutil.Process = field(default_factory=psutil.Process, repr=False)
 
@@ -107,9 +129,14 @@ class Trainer:
             self.owed = self._due()
         yield from self._boundary()
         while self.step < len(self.stream) and not self.stop:
-            yield self._step()
+            taken = self._take()
+            yield from self._known()
+            self._unread = taken
+            if not self._runs_ahead:
+                yield from self._known()
             self.owed = self._due()
             yield from self._boundary(moved=True)
+        yield from self._known()
         if self.step < len(self.stream) or self.owed:
             yield from self._save("interrupted")
             return
@@ -163,7 +190,7 @@ class Trainer:
         for name, p in self.model.trainable().items():
             own = state.get(p, {}).items()
             moments = [t for key, t in own if key != "step" and not key.startswith((SHARED, AROUND))]
-            if not moments or (self.step == 1 and (name in self._flat or not any(t.any() for t in moments))):
+            if not moments or (self.step == 1 and (bool(self._flat.get(name)) or not any(t.any() for t in moments))):
                 idle.add(name)
         return integrity(self.model.model, self.start, idle)
 
@@ -177,7 +204,14 @@ class Trainer:
                 packs, shared = [[members[i] for i in pack] for pack in by_prefix], True
         return [Batch.of([self.documents[i] for i in pack], self.model.device, shared) for pack in packs]
 
-    def _step(self) -> Step:
+    @property
+    def _runs_ahead(self) -> bool:
+        """Whether steps are read one late: on a GPU, with an optimizer that leaves out a step as torch's scaling of
+        gradients asks for it. Others are waited for once a step, before they move a weight."""
+        return self.model.device.type != "cpu" and getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    def _take(self) -> Taken:
+        """Hand a whole step to the device."""
         started = time.perf_counter()
         random_state = torch.get_rng_state()
         batches = self.batches(self.step)
@@ -185,40 +219,71 @@ class Trainer:
         self.model.train()
         means = accumulate(self.model, self.objective, batches)
         if self.step == 0:
-            self._flat = {n for n, p in self.model.trainable().items() if p.grad is not None and not p.grad.any()}
-        loss, router = float(means), None if means.router is None else float(means.router)
+            grads = {n: p.grad for n, p in self.model.trainable().items() if p.grad is not None}
+            self._flat = {name: ~g.any() for name, g in grads.items()}
         norm = norm_of(parameters)
-        l2, l1 = torch.stack([norm, l1_of(parameters)]).tolist()  # at once, since a GPU is waited for
-        try:
-            require_finite(loss, l2, self.step + 1)
-        except NonFinite as error:
-            raise NonFinite(f"{error}; {self._bundle(batches, loss, l2, random_state)}") from None
-        clip(parameters, self.clip, norm)
+        router = torch.zeros_like(means.total) if means.router is None else means.router
+        found = (means.total, router, norm, l1_of(parameters))
+        figures = Figures(torch.stack([figure.to(router.device) for figure in found]))  # without gradients on the host
         factor = self.schedule(self.step)
         set_rate(self.optimizer, factor)
+        taken = Taken(self.step, started, random_state, batches, figures, means.router is not None)
+        if not self._runs_ahead:
+            self._require_finite(taken)
+        clip(parameters, self.clip, norm)
+        if self._runs_ahead:
+            self._held = not_finite(means.total, norm, self._held)
+            self.optimizer.found_inf = self._held  # type: ignore[attr-defined]
         take_step(self.optimizer, means.total)
+        if self._runs_ahead:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         furthest = max(self.optimizer.param_groups, key=lambda g: (abs(g["lr"] - factor * g["peak"]), g["peak"]))
-        seconds = time.perf_counter() - started
+        return replace(taken, furthest=(furthest["lr"], factor * furthest["peak"]))
+
+    def _require_finite(self, taken: Taken) -> None:
+        """Raise NonFinite, with the weights as they were before the step, if it found what is no number."""
+        loss, _, l2, _ = taken.figures.read()
+        try:
+            require_finite(loss, l2, taken.step + 1)
+        except NonFinite as error:
+            self.step, self._held = taken.step, None
+            raise NonFinite(f"{error}; {self._bundle(taken.batches, loss, l2, taken.random_state)}") from None
+
+    def _known(self) -> Iterator[Step]:
+        """The record of the step that was not read yet, if there is one. Raises NonFinite."""
+        taken, self._unread = self._unread, None
+        if taken is None:
+            return
+        self._require_finite(taken)
+        loss, router, l2, l1 = taken.figures.read()
+        ended = time.perf_counter()
+        # A step that was handed over while another ran began when that was known.
+        seconds, self._read = ended - max(taken.started, self._read), ended
+        batches = taken.batches
         computed = sum(len(b.tokens) for b in batches)
-        return Step(
-            step=self.step,
-            loss=loss - (router or 0.0),
-            router_loss=router,
-            rate=furthest["lr"],
-            planned=factor * furthest["peak"],
+        rate, planned = taken.furthest
+        gpu_memory, gpu_reserved = peak_memory(self.model.device)
+        yield Step(
+            step=taken.step + 1,
+            loss=loss - router,
+            router_loss=router if taken.router else None,
+            rate=rate,
+            planned=planned,
             gradient_norm=l2,
             gradient_norm_l1=l1,
             tokens=sum(b.token_count for b in batches),
-            targets=sum(len(b.targets) for b in batches),
+            targets=sum(b.target_count for b in batches),
             documents=sum(len(b.lengths) for b in batches),
             micro_batches=len(batches),
             seconds=seconds,
             memory=self._process.memory_info().rss,
+            gpu_memory=gpu_memory,
+            gpu_reserved=gpu_reserved,
             tokens_per_second=computed / seconds,
             tokens_once=computed,
-            targets_once=sum(int((b.labels != IGNORE).sum()) for b in batches),
+            targets_once=sum(len(b.learned) for b in batches),
         )
 
     def _due(self) -> list[str]:
@@ -243,6 +308,8 @@ class Trainer:
             "evaluation": self._evaluate,
             "samples": lambda: self.sampler(self.model, self.step) if self.sampler else Samples(self.step, ()),
         }
+        if self.owed:
+            yield from self._known()
         while self.owed:
             with averaged(self.optimizer):
                 record = self._unless_halted(looks[self.owed[0]])
@@ -264,6 +331,7 @@ class Trainer:
             yield from self._save("best")
 
     def _save(self, reason: str) -> Iterator[Record]:
+        yield from self._known()
         if self.checkpoints:
             tensors, state = self.state()
             _require_finite(tensors, self.step)

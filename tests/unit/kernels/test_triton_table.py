@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
 from interpreted import exact
 
+from truetune.errors import UserError
 from truetune.kernels import triton as table
 from truetune.kernels.gated import gated
-from truetune.kernels.triton import KERNELS, cases, equal, switched_on
+from truetune.kernels.triton import KERNELS, cases, choices, equal, switched_on
 from truetune.kernels.triton.configurations import CONFIGURATIONS, choose
 from truetune.kernels.triton.launch import recording
 
@@ -23,14 +25,34 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(op, "equals", dict(op.equals))
 
 
-def test_nothing_is_chosen_on_cuda_until_it_was_timed() -> None:
-    assert not table.ON_CUDA
+def test_nothing_is_chosen_on_cuda_until_it_was_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRUETUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert "cuda" not in gated.equals
+    assert choices.chosen_for(torch.device("cuda")) == choices.chosen_for(torch.device("cpu")) == ()
 
 
-def test_a_kernel_in_the_table_takes_torch_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "ON_CUDA", frozenset({"gated"}))
-    table.install()
+def test_what_was_timed_to_win_is_chosen_for_its_gpu_and_its_versions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRUETUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    file = choices.keep("NVIDIA H100 80GB HBM3", ["gated"], {"results": []})
+    cuda = torch.device("cuda")
+    assert file == tmp_path / "kernels" / "nvidia-h100-80gb-hbm3.json" and choices.chosen_for(cuda) == ("gated",)
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before.replace(torch.__version__, "2.12.0"), encoding="utf-8")
+    assert choices.chosen_for(cuda) == ()
+    for wrong in ("{", before.replace("gated", "os.system"), "[]"):
+        file.write_text(wrong, encoding="utf-8")
+        with pytest.raises(UserError, match="make it again: truetune bench kernels --choose"):
+            choices.chosen_for(cuda)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA A100")
+    assert choices.chosen_for(cuda) == ()
+
+
+def test_a_kernel_that_is_chosen_takes_torch_s_place() -> None:
+    table.install(["gated"])
     x = torch.randn(8)
     with exact():
         torch.testing.assert_close(gated.equals["cuda"](x, x), gated.reference(x, x))
@@ -40,9 +62,8 @@ def test_without_triton_torch_s_own_stays(monkeypatch: pytest.MonkeyPatch) -> No
     def missing(name: str) -> ModuleSpec | None:
         return None
 
-    monkeypatch.setattr(table, "ON_CUDA", frozenset({"gated"}))
     monkeypatch.setattr(table, "find_spec", missing)
-    table.install()
+    table.install(["gated"])
     assert "cuda" not in gated.equals
 
 

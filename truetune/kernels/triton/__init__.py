@@ -1,14 +1,14 @@
 """Our own kernels for GPUs, in Triton: one file per operation, all found through one table.
 
 A kernel is right in Triton's interpreter and compiled for real targets before it is timed. None has been timed yet, so
-none is chosen on CUDA (``ON_CUDA``), where torch's own runs. Triton is imported by the kernels' files alone, on first
-use: without it everything else works.
+none is chosen on CUDA, where torch's own runs, until ``truetune bench kernels --choose`` has timed it to win on such a
+GPU (``choices``). Triton is imported by the kernels' files alone, on first use: without it everything else works.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -38,9 +38,6 @@ KERNELS: dict[str, Op[..., Any]] = {
 }
 """Name -> the operation, whose reference the kernel must equal. Its file and function beside this one are so named."""
 
-ON_CUDA: frozenset[str] = frozenset()
-"""Operations whose kernel is chosen on CUDA: those that were timed to win there. ``install`` reads it."""
-
 
 def equal(name: str) -> Callable[..., Any]:
     """The kernel with the operation's signature. Raises ModuleNotFoundError where Triton is not installed."""
@@ -48,10 +45,10 @@ def equal(name: str) -> Callable[..., Any]:
     return function
 
 
-def install() -> None:
-    """Put the kernels that ``ON_CUDA`` names in the place of torch's own, where there is Triton to run them."""
+def install(names: Iterable[str]) -> None:
+    """Put these operations' kernels in the place of torch's own on CUDA, where there is Triton to run them."""
     if find_spec("triton"):
-        for name in ON_CUDA:
+        for name in names:
             KERNELS[name].on("cuda")(partial(_run, name))
 
 

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from truetune.kernels.triton.launch import launch, to_device
+from truetune.devices import to_device
+from truetune.kernels.triton.launch import launch
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 ELEMENTS = 1024

@@ -83,11 +83,6 @@ def runs(kernel: Any, tensor: Tensor, dtype: torch.dtype, size: int) -> bool:
     return choose(kernel.__name__, dtype, _target(tensor.device), size) is not None
 
 
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host, copied without waiting for the device."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
 def _target(device: torch.device) -> str:
     if device.type == "cuda":
         return _architecture(device.index or 0)

@@ -25,10 +25,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from truetune.devices import to_device
 from truetune.kernels.attention import by_document, check
 from truetune.kernels.op import compute_dtype
 from truetune.kernels.triton.functions import tanh
-from truetune.kernels.triton.launch import launch, runs, to_device
+from truetune.kernels.triton.launch import launch, runs
 
 
 @triton.jit
