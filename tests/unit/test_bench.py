@@ -17,7 +17,8 @@ from truetune.bench.kernels import with_triton
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TOKENS": 32, "HIDDEN": 24, "INNER": 40, "ENTRIES": 96, "RANK": 4}.items():
+    sizes: dict[str, Any] = {"TOKENS": 32, "HIDDEN": 24, "INNER": 40, "ENTRIES": (96,), "RANK": 4}
+    for name, value in sizes.items():
         monkeypatch.setattr(kernels, name, value)
 
 
@@ -33,6 +34,8 @@ def test_raw_samples_machine_and_command_are_kept(tmp_path: Path) -> None:
         assert all(len(samples) == 3 and min(samples) > 0 for samples in found["seconds"].values())
         assert all(error < 0.05 for error in found["errors"].values()), found["name"]
         assert f"{found['name']}: {found['asked']}" in result.stdout
+        assert len(found.get("products", [])) == (3 if found["name"] == "linear_cross_entropy" else 0)
+    assert "products" in result.stdout
 
 
 def test_what_is_fast_and_wrong_shows_its_error() -> None:

@@ -30,25 +30,31 @@ from truetune.errors import UserError
 from truetune.kernels import linear_cross_entropy, lora_linear, packed_attention
 from truetune.kernels.attention import by_document
 from truetune.kernels.gated import gated
+from truetune.kernels.native.memory import keep_memory
 from truetune.kernels.op import FAST_PATHS, is_on
 from truetune.kernels.rms_norm import rms_norm
 from truetune.kernels.rope import rope
 from truetune.kernels.triton import KERNELS, switched_on
 from truetune.kernels.triton.choices import keep
 
-HIDDEN, INNER, SIZE, TOKENS, ENTRIES, RANK = 896, 4864, 64, 2048, 32_000, 16
+HIDDEN, INNER, SIZE, TOKENS, RANK = 896, 4864, 64, 2048, 16
+ENTRIES = 32_000, 151_936
+"""Of vocabularies."""
 WARM = 2
 """Calls before the first that counts."""
 OURS, PLAIN, TORCH, TRITON = "truetune", "reference", "torch", "triton"
 
 
 class Case(NamedTuple):
-    """name of the operation, what it is asked, tensors that get gradients, and name -> function of them."""
+    """name of the operation, what it is asked, tensors that get gradients, and name -> function of them.
+
+    products: the matrix products that every way needs, and nothing else; timed beside them."""
 
     name: str
     asked: str
     tensors: list[Tensor]
     ways: dict[str, Callable[..., Tensor]]
+    products: Callable[..., object] | None = None
 
 
 def cases() -> Iterator[Case]:
@@ -83,7 +89,7 @@ def cases() -> Iterator[Case]:
             PLAIN: lambda x, a, b: lora_linear.reference(x, weight.to(x.dtype), None, a, b, 2.0),
         },
     )
-    yield _loss()
+    yield from map(_loss, ENTRIES)
 
 
 def _attention() -> Iterator[Case]:
@@ -123,17 +129,18 @@ def _rope() -> Case:
     )
 
 
-def _loss() -> Case:
-    weight, labels = _random(ENTRIES, HIDDEN), torch.randint(0, ENTRIES, (TOKENS // 2,))
+def _loss(entries: int) -> Case:
+    weight, labels = _random(entries, HIDDEN), torch.randint(0, entries, (TOKENS // 2,))
     return Case(
         "linear_cross_entropy",
-        f"{TOKENS // 2} targets, {ENTRIES:,} entries, frozen head",
+        f"{TOKENS // 2} targets, {entries:,} entries, frozen head",
         [_random(TOKENS // 2, HIDDEN)],
         {
             OURS: lambda h: linear_cross_entropy(h, weight.to(h.dtype), labels).total,
             PLAIN: lambda h: linear_cross_entropy.reference(h, weight.to(h.dtype), labels).total,
             TORCH: lambda h: F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), labels, reduction="sum"),
         },
+        products=lambda h: h @ weight.T @ weight,
     )
 
 
@@ -142,20 +149,28 @@ def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Seconds of every call by way, and the largest relative error of outputs and gradients against float64."""
+    """Seconds of every call by way, and the largest relative error of outputs and gradients against float64.
+
+    Beside them, where the case has them, those of the products alone."""
     truth = _observe(case.ways[PLAIN], [t.double() for t in case.tensors])
     seconds: dict[str, list[float]] = {way: [] for way in case.ways}
-    errors = {}
+    errors, products = {}, []
     for i in range(WARM + repeats):
         for way, function in case.ways.items():
             start = _now(case.tensors[0])
-            found = _observe(function, case.tensors)
+            observed = _observe(function, case.tensors)
             if i >= WARM:
                 seconds[way].append(_now(case.tensors[0]) - start)
             errors[way] = max(
-                float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True) if b.norm()
+                float((a.double() - b).norm() / b.norm()) for a, b in zip(observed, truth, strict=True) if b.norm()
             )
-    return {"name": case.name, "asked": case.asked, "seconds": seconds, "errors": errors}
+        if case.products:
+            start = _now(case.tensors[0])
+            case.products(*case.tensors)
+            if i >= WARM:
+                products.append(_now(case.tensors[0]) - start)
+    found = {"name": case.name, "asked": case.asked, "seconds": seconds, "errors": errors}
+    return found | ({"products": products} if products else {})
 
 
 def _now(tensor: Tensor) -> float:
@@ -215,6 +230,8 @@ def write(only: Sequence[str], repeats: int, to: Path | None, choose: bool = Fal
             "--choose decides over all our kernels on a GPU, "
             + ("so they are timed together; leave out --only" if gpu else "and torch sees none; see truetune doctor")
         )
+    if not gpu:
+        keep_memory()  # as every run does
     with torch.device("cuda" if gpu else "cpu"):
         chosen = list(cases())
     if gpu and find_spec("triton"):
@@ -239,11 +256,12 @@ def write(only: Sequence[str], repeats: int, to: Path | None, choose: bool = Fal
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     ours = found["seconds"][OURS]
     yield f"{found['name']}: {found['asked']}"
-    for way, seconds in found["seconds"].items():
+    for way, seconds in [*found["seconds"].items(), *(("products", p) for p in [found.get("products")] if p)]:
         ratios = sorted(theirs / mine for theirs, mine in zip(seconds, ours, strict=True))
         low, high = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
         spread = "" if way == OURS else f"{statistics.median(ratios):8.2f} times ours ({low:.2f} to {high:.2f})"
-        yield f"  {way:10}{1e3 * statistics.median(seconds):9.2f} ms  error {found['errors'][way]:.1e}{spread}"
+        error = f"error {found['errors'][way]:.1e}" if way in found["errors"] else "alone        "
+        yield f"  {way:10}{1e3 * statistics.median(seconds):9.2f} ms  {error}{spread}"
 
 
 def machine() -> dict[str, Any]:
