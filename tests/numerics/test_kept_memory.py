@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -76,6 +77,17 @@ def test_freed_pieces_join_and_are_used_again(kept: Any) -> None:
     for _ in range(50):
         torch.empty(6 << 18)
     assert kept.memory_held()[0] == many
+
+
+@compiled
+def test_what_is_free_can_be_given_back_and_used_again(kept: Any) -> None:
+    resident = psutil.Process().memory_info
+    alive, large = torch.ones(1 << 20), torch.ones(1 << 26)
+    before = resident().rss
+    del large
+    kept.release_memory()
+    assert before - resident().rss > 200 << 20
+    assert bool((alive == 1).all()) and bool((torch.ones(1 << 26) == 1).all())
 
 
 @compiled

@@ -43,9 +43,9 @@ class Spread(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What one side did. useful, target: tokens/s. ratio: how many times as fast ours was, None for ours. targets: that
-    were trained on between the first and the last of ``losses``. above: of the peak what is left when the process as it
-    began, frozen weights, and trained ones with AdamW's two moments in fp32 are taken off."""
+    """What one side did. useful, target: tokens/s. ratio: how many times as fast ours was, None for ours. above_bytes:
+    of the peak, what is left without imports (of the side that has most), frozen weights, and trained ones with AdamW's
+    two moments. targets: that were trained on between the first and the last of ``losses``."""
 
     side: str
     useful: Spread
@@ -63,6 +63,7 @@ def figures(result: dict[str, Any]) -> list[Figures]:
     """One for each side, ours first, the others from the fastest on."""
     steps, peak = result["steps"][1:], [r["gemm"][result["job"]["compute"]] for r in result["rounds"]]
     ours = [sample["seconds"] for sample in result["sides"][OURS]["samples"]]
+    imports = max(side["started_bytes"] for side in result["sides"].values())  # some import more while they load
     found = []
     for name, side in result["sides"].items():
         seconds = [sample["seconds"] for sample in side["samples"]]
@@ -74,9 +75,9 @@ def figures(result: dict[str, Any]) -> list[Figures]:
                 None if name == OURS else Spread.of([s / mine for s, mine in zip(seconds, ours, strict=True)]),
                 median(step["flops"] / s / p for step, s, p in zip(steps, seconds, peak, strict=True)),
                 side["peak_bytes"],
-                side["peak_bytes"] - side["started_bytes"] - result["frozen_bytes"] - 3 * 4 * side["trained"],
+                side["peak_bytes"] - imports - result["frozen_bytes"] - 3 * 4 * side["trained"],
                 (side["warm_up"]["loss"], side["samples"][-1]["loss"]),
-                sum(step["targets"] for step in result["steps"][:-1]),
+                sum(step["targets"] for step in result["steps"][: 1 if result["apart"] else -1]),
                 _sound(side),
             )
         )

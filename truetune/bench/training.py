@@ -126,12 +126,13 @@ def _apart(rounds: int, sides: Mapping[str, Start], workload: Workload, result: 
     for number in range(1, rounds + 1):
         for side in _begin_round(number, result):
             with sides[side]() as child:
+                before = result["sides"].get(side, {"samples": [], "peak_bytes": 0})
                 found = child.answer() | {"warm_up": _step(child, workload, 0)}
-                samples = [*result["sides"].get(side, {}).get("samples", ()), _step(child, workload, 1)]
-                result["sides"][side] = found | {"samples": samples} | child.ask("end")
-        if number == 1:
-            _require_same_training(result)
-            _require_same_losses(result, workload)
+                found["samples"] = [*before["samples"], _step(child, workload, 1)]
+                found |= child.ask("end")
+                result["sides"][side] = found | {"peak_bytes": max(found["peak_bytes"], before["peak_bytes"])}
+        _require_same_training(result)
+        _require_same_losses(result, workload)
         _say_round(number, result)
 
 

@@ -31,6 +31,7 @@ from truetune.data.prefixes import packed_by_prefix
 from truetune.data.stream import Stream
 from truetune.devices import Figures, peak_memory
 from truetune.errors import UserError
+from truetune.kernels.native.memory import release_memory
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
 from truetune.optim import AROUND, SHARED, averaged, averages, set_rate, take_averages, take_step
@@ -129,7 +130,11 @@ class Trainer:
             self.owed = self._due()
         yield from self._boundary()
         while self.step < len(self.stream) and not self.stop:
-            taken = self._take()
+            try:
+                taken = self._take()
+            except Exception:
+                yield from self._known()  # of the step before, which moved the weights
+                raise
             yield from self._known()
             self._unread = taken
             if not self._runs_ahead:
@@ -161,6 +166,7 @@ class Trainer:
         """The preflight alone; whether it came to its end. Raises CheckFailed."""
         if self.preflight:
             checks = self._unless_halted(partial(self.preflight, self))
+            release_memory()  # the checks compute as the model's author does, and need more than a step
             if checks is None:
                 return False
             yield from self._require(checks)

@@ -28,6 +28,7 @@ def result() -> dict[str, Any]:
     return {
         "format": 2,
         "frozen_bytes": 2**28,
+        "apart": False,
         "machine": {"truetune": "0.1.0"},
         "workload": "tiny",
         "mode": "lora",
@@ -35,7 +36,7 @@ def result() -> dict[str, Any]:
         "steps": [{"tokens": t, "targets": t // 2, "flops": 1e9} for t in (999, 100, 200, 300)],
         "rounds": [{"gemm": {"bf16": p, "fp32": 1.0}} for p in (1e9, 2e9, 1e9)],
         "sides": {
-            "slow": side([4.0, 4.0, 6.0]),
+            "slow": side([4.0, 4.0, 6.0], started_bytes=2**20),
             "truetune": side([1.0, 1.0, 2.0], verdicts=[verdict], alarms=[]),
             "quick": side([2.0, 1.0, 3.0]),
         },
@@ -53,8 +54,9 @@ def test_figures_are_medians_over_rounds(result: dict[str, Any]) -> None:
         and ours.peak_bytes == 3 * 2**30
         and (ours.sound, slow.sound) == ("7 of 7, 1 of 1", "7 of 7")
     )
-    assert ours.above_bytes == 3 * 2**30 - 2**29 - 2**28 - 12 * 2**20
+    assert ours.above_bytes == slow.above_bytes == 3 * 2**30 - 2**29 - 2**28 - 12 * 2**20
     assert ours.targets == 999 // 2 + 50 + 100
+    assert figures(result | {"apart": True})[0].targets == 999 // 2  # every round begins anew
 
 
 def test_one_round_has_no_spread(result: dict[str, Any]) -> None:

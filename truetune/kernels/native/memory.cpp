@@ -3,9 +3,11 @@
 // A tensor of LEAST bytes or more is cut from segments that belong to tensors alone: from the smallest free piece that
 // holds it, and what is freed joins its free neighbours. So small objects that live long do not stand between large
 // ones that come and go, as in a common heap, where tensors of ever new sizes leave holes that nothing fits into.
-// Left out: giving segments back to the system.
+// The system gets back what is free where it is asked for; the addresses stay.
 
 #include <c10/core/CPUAllocator.h>
+#include <malloc.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <torch/library.h>
 
@@ -24,9 +26,9 @@ class Kept final : public c10::Allocator {
  public:
   c10::DataPtr allocate(Bytes bytes) override {
     void* data = bytes < LEAST ? plain().raw_allocate(bytes) : take((bytes + LINE - 1) / LINE * LINE);
-    return {data, data, &Kept::release, c10::Device(c10::DeviceType::CPU)};
+    return {data, data, &Kept::give_back, c10::Device(c10::DeviceType::CPU)};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return &Kept::release; }
+  c10::DeleterFnPtr raw_deleter() const override { return &Kept::give_back; }
   void copy_data(void* to, const void* from, Bytes bytes) const override { default_copy_data(to, from, bytes); }
 
   // Bytes of all segments, and of those that are free.
@@ -40,8 +42,21 @@ class Kept final : public c10::Allocator {
     return {int64_t(all), int64_t(unused)};
   }
 
+  // Gives the system the whole pages of what is free.
+  void release() {
+    const std::lock_guard<std::mutex> guard(lock_);
+    for (const auto& [bytes, data] : free_) {
+      const auto first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+      const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
+      if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+    }
+  }
+
   static Kept& only() {
-    static Kept* kept = new Kept;  // never destroyed, since tensors may outlive everything
+    static Kept* kept = [] {
+      pthread_atfork([] { only().lock_.lock(); }, [] { only().lock_.unlock(); }, [] { only().lock_.unlock(); });
+      return new Kept;  // never destroyed, since tensors may outlive everything
+    }();
     return *kept;
   }
 
@@ -58,7 +73,7 @@ class Kept final : public c10::Allocator {
 
   static c10::Allocator& plain() { return *c10::GetDefaultCPUAllocator(); }
 
-  static void release(void* data) {
+  static void give_back(void* data) {
     if (!only().give(static_cast<char*>(data))) plain().raw_deallocate(data);
   }
 
@@ -88,8 +103,8 @@ class Kept final : public c10::Allocator {
 
   void grow(Bytes bytes) {
     const Bytes size = (std::max(bytes, SEGMENT) + PAGE - 1) / PAGE * PAGE;
-    void* segment = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    TORCH_CHECK_WITH(OutOfMemoryError, segment != MAP_FAILED, "there is no memory for a tensor of ", bytes, " bytes");
+    void* segment = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK_WITH(OutOfMemoryError, segment != MAP_FAILED, "there is no memory for a tensor of ", bytes, " bytes; take shorter documents or fewer tokens at a time");
     join(pieces_.insert({static_cast<char*>(segment), {size, false}}).first);
   }
 
@@ -126,10 +141,16 @@ void keep_memory(bool on) {
   c10::SetCPUAllocator(on ? static_cast<c10::Allocator*>(&Kept::only()) : c10::GetDefaultCPUAllocator());
 }
 
+void release_memory() {
+  Kept::only().release();
+  malloc_trim(0);
+}
+
 }  // namespace
 }  // namespace truetune
 
 TORCH_LIBRARY_FRAGMENT(TRUETUNE_LIBRARY, library) {
   library.def("keep_memory(bool on) -> ()", truetune::keep_memory);
+  library.def("release_memory() -> ()", truetune::release_memory);
   library.def("memory_held() -> int[]", [] { return truetune::Kept::only().held(); });
 }

@@ -30,3 +30,9 @@ def keep_memory() -> None:
         os.environ.setdefault(name, str(PRODUCTS))
     if (compiled := kernels()) is not None:
         compiled.keep_memory(True)
+
+
+def release_memory() -> None:
+    """Give the system what is free, after something that needed more than what follows."""
+    if is_on("kept_memory") and (compiled := kernels()) is not None:
+        compiled.release_memory()
