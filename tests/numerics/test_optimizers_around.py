@@ -227,3 +227,13 @@ def test_mechanic_gives_the_known_numbers() -> None:
         found.append(x.item())
     known = (0.9968392820998859, 0.9380256464587923, 0.24867315009916413)
     assert [found[19], found[29], found[39]] == pytest.approx(known, abs=1e-10)
+
+
+def test_a_matrix_that_began_at_zero_may_grow() -> None:
+    ps = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.ones(3, 4))]
+    optimizer = build("nap", ps)
+    for _ in range(2):
+        for p in ps:
+            p.grad = torch.arange(12.0).view(3, 4)
+        optimizer.step()
+    assert float(ps[0].norm()) > 0 and float(ps[1].norm()) == pytest.approx(12**0.5)

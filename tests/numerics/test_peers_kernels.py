@@ -71,7 +71,8 @@ def no_worse(function: Callable[..., Tensor], theirs: Callable[..., Tensor], ten
     truth = outcome(theirs, [t.float() for t in tensors])
     for ours, plain, right in zip(outcome(function, tensors), outcome(theirs, tensors), truth, strict=True):
         surplus = (ours.float() - right).abs() - (plain.float() - right).abs()
-        assert float(surplus.max()) <= BF16_BOUND
+        largest = min(1.0, float(right.abs().max()))  # gradients of a mean are small, and so must be their errors
+        assert float(surplus.max()) <= BF16_BOUND * largest
 
 
 def norm(x: Tensor, weight: Tensor, offset: float) -> Tensor:

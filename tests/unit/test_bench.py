@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from folders import invoke
 from interpreted import exact
+from torch import Tensor
 
 from truetune.bench import kernels
 from truetune.bench.kernels import with_triton
@@ -45,6 +47,23 @@ def test_what_is_fast_and_wrong_shows_its_error() -> None:
     assert errors["truetune"] > 0.2 > errors["reference"]
 
 
+def test_what_is_no_number_or_wrong_once_is_an_error() -> None:
+    (case,) = (case for case in kernels.cases() if case.name == "gated")
+    turns = iter(range(100))
+
+    def broken(gate: Tensor, up: Tensor) -> Tensor:
+        return case.ways["truetune"](gate, up) * (3.0 if next(turns) == 0 else 1.0)
+
+    def undefined(gate: Tensor, up: Tensor) -> Tensor:
+        out = case.ways["truetune"](gate, up)
+        if out.requires_grad:
+            out.register_hook(lambda g: g * math.nan)
+        return out
+
+    errors = kernels.measure(case._replace(ways=case.ways | {"once": broken, "undefined": undefined}), 1)["errors"]
+    assert errors["once"] > 1 and errors["undefined"] == math.inf > errors["truetune"]
+
+
 def test_an_operation_that_there_is_not_is_one_sentence() -> None:
     result = invoke("bench", "kernels", "--only", "flash")
     assert result.exit_code == 2 and "there is no operation flash to time; choose among: " in result.stderr
@@ -75,9 +94,9 @@ def test_the_choice_is_kept_for_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "Imagined GPU")
     monkeypatch.setattr(kernels, "cases", list)
-    monkeypatch.setattr(kernels, "winners", lambda results: ["gated"])
+    monkeypatch.setattr(kernels, "winners", lambda results: ["lora_linear"])
     kernels.write([], 1, None, choose=True)
-    assert json.loads((tmp_path / "kernels" / "imagined-gpu.json").read_text())["chosen"] == ["gated"]
+    assert json.loads((tmp_path / "kernels" / "imagined-gpu.json").read_text())["chosen"] == ["lora_linear"]
 
 
 def test_without_a_gpu_there_is_nothing_to_choose() -> None:

@@ -10,6 +10,7 @@ On a GPU our Triton kernels are one more way. One that wins can be chosen for GP
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -34,8 +35,9 @@ from truetune.kernels.native.memory import keep_memory
 from truetune.kernels.op import FAST_PATHS, is_on
 from truetune.kernels.rms_norm import rms_norm
 from truetune.kernels.rope import rope
-from truetune.kernels.triton import KERNELS, switched_on
+from truetune.kernels.triton import CALLED, switched_on
 from truetune.kernels.triton.choices import keep
+from truetune.training.patience import write_text
 
 HIDDEN, INNER, SIZE, TOKENS, RANK = 896, 4864, 64, 2048, 16
 ENTRIES = 32_000, 151_936
@@ -154,16 +156,15 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     Beside them, where the case has them, those of the products alone."""
     truth = _observe(case.ways[PLAIN], [t.double() for t in case.tensors])
     seconds: dict[str, list[float]] = {way: [] for way in case.ways}
-    errors, products = {}, []
+    errors: dict[str, float] = {}
+    products: list[float] = []
     for i in range(WARM + repeats):
         for way, function in case.ways.items():
             start = _now(case.tensors[0])
             observed = _observe(function, case.tensors)
             if i >= WARM:
                 seconds[way].append(_now(case.tensors[0]) - start)
-            errors[way] = max(
-                float((a.double() - b).norm() / b.norm()) for a, b in zip(observed, truth, strict=True) if b.norm()
-            )
+            errors[way] = max(errors.get(way, 0.0), _error(observed, truth))
         if case.products:
             start = _now(case.tensors[0])
             case.products(*case.tensors)
@@ -171,6 +172,12 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
                 products.append(_now(case.tensors[0]) - start)
     found = {"name": case.name, "asked": case.asked, "seconds": seconds, "errors": errors}
     return found | ({"products": products} if products else {})
+
+
+def _error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """The largest relative error; infinite where something is no number."""
+    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True) if b.norm()]
+    return max((e if math.isfinite(e) else math.inf for e in errors), default=0.0)
 
 
 def _now(tensor: Tensor) -> float:
@@ -224,18 +231,22 @@ def write(only: Sequence[str], repeats: int, to: Path | None, choose: bool = Fal
     Raises UserError for an operation that there is not, and where there is nothing to choose.
     """
     torch.manual_seed(0)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    if choose and (not gpu or only):
+    gpu, triton = torch.cuda.get_device_name() if torch.cuda.is_available() else None, find_spec("triton")
+    if choose and (not gpu or only or not triton):
         raise UserError(
             "--choose decides over all our kernels on a GPU, "
-            + ("so they are timed together; leave out --only" if gpu else "and torch sees none; see truetune doctor")
+            + ("and torch sees none; see truetune doctor" if not gpu else "")
+            + ("so they are timed together; leave out --only" if gpu and only else "")
+            + ("which need Triton; pip install triton" if gpu and not only else "")
         )
+    if to:
+        require_place(to)
     if not gpu:
         keep_memory()  # as every run does
     with torch.device("cuda" if gpu else "cpu"):
         chosen = list(cases())
-    if gpu and find_spec("triton"):
-        chosen = [with_triton(case) if case.name in KERNELS else case for case in chosen]
+    if gpu and triton:
+        chosen = [with_triton(case) if case.name in CALLED else case for case in chosen]
     names = list(dict.fromkeys(case.name for case in chosen))
     if unknown := sorted(set(only) - set(names)):
         raise UserError(f"there is no operation {unknown[0]} to time; choose among: {', '.join(names)}")
@@ -244,19 +255,31 @@ def write(only: Sequence[str], repeats: int, to: Path | None, choose: bool = Fal
         if not only or case.name in only:
             found.append(measure(case, repeats))
             print("\n".join(_lines(found[-1])), flush=True)
-    if to:
-        to.write_text(json.dumps({"machine": machine(), "repeats": repeats, "results": found}, indent=1) + "\n")
-        print(f"raw samples: {to}")
+    measured = {"machine": machine(), "repeats": repeats, "results": found}
     if choose and gpu:
         won = winners(found)
-        file = keep(gpu, won, {"machine": machine(), "repeats": repeats, "results": found})
+        file = keep(gpu, won, measured)
         print(f"chosen: {', '.join(won) or 'none of our kernels; torch is faster'} ({file})")
+    if to:
+        write_text(to, json.dumps(measured, indent=1) + "\n")
+        print(f"raw samples: {to}")
+
+
+def require_place(file: Path) -> None:
+    """Raise UserError if ``file`` can't be written, before minutes are spent on what goes there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't create {file.parent} ({error.strerror}); name another file with --to") from error
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"can't write {file}; name another file with --to")
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     ours = found["seconds"][OURS]
     yield f"{found['name']}: {found['asked']}"
-    for way, seconds in [*found["seconds"].items(), *(("products", p) for p in [found.get("products")] if p)]:
+    alone = {"products": found["products"]} if "products" in found else {}
+    for way, seconds in (found["seconds"] | alone).items():
         ratios = sorted(theirs / mine for theirs, mine in zip(seconds, ours, strict=True))
         low, high = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
         spread = "" if way == OURS else f"{statistics.median(ratios):8.2f} times ours ({low:.2f} to {high:.2f})"
@@ -267,7 +290,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 def machine() -> dict[str, Any]:
     """What was measured on, with what, and how: command, date, versions, processor, threads, fast paths."""
     return {
-        "command": " ".join(["truetune", *sys.argv[1:]]),
+        "command": " ".join(["truetune", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "truetune": truetune.__version__,
         "torch": torch.__version__,

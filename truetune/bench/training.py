@@ -26,7 +26,7 @@ import torch
 import truetune
 from truetune.bench.child import KEEP_MEMORY, Child
 from truetune.bench.flops import Cost
-from truetune.bench.kernels import machine
+from truetune.bench.kernels import machine, require_place
 from truetune.bench.table import FORMAT, OURS, noisy, table
 from truetune.bench.workloads import RANK, Workload, prepare
 from truetune.errors import UserError
@@ -83,7 +83,7 @@ def compare(asked: Asked, to: Path | None) -> None:
     if asked.mode not in ("lora", "full"):
         raise UserError(f"--mode is lora or full, not {asked.mode}; choose one")
     if to:
-        _require_place(to)
+        require_place(to)
     with tempfile.TemporaryDirectory(prefix="truetune-bench-") as name:
         folder, different = Path(name), 1 if asked.apart else asked.rounds
         workload = prepare(asked.workload, asked.mode, different, folder, asked.documents, asked.keys)
@@ -134,16 +134,6 @@ def _apart(rounds: int, sides: Mapping[str, Start], workload: Workload, result: 
         _require_same_training(result)
         _require_same_losses(result, workload)
         _say_round(number, result)
-
-
-def _require_place(file: Path) -> None:
-    """Raise UserError if ``file`` can't be written, before minutes are spent on what goes there."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't create {file.parent} ({error.strerror}); name another file with --to") from error
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"can't write {file}; name another file with --to")
 
 
 def _pythons(peers: Sequence[str]) -> dict[str, str]:

@@ -182,9 +182,9 @@ class EMA(Around):
 class NaP(Around):
     """Hidden matrices brought back to the length they began with after every step (Lyle et al. 2024, arXiv 2407.01800).
 
-    W <- W |W_0| / |W|, Frobenius; of experts each matrix by itself. Where a norm follows, what a matrix computes does
-    not change, and how far a step turns it hangs on the rate alone. Left out: the paper's norms before each
-    non-linearity, which the model has or has not, and its pull on their scales and offsets.
+    W <- W |W_0| / |W|, Frobenius; of experts each matrix by itself; one that began at 0 is free. Where a norm follows,
+    what a matrix computes does not change, and how far a step turns it hangs on the rate alone. Left out: the paper's
+    norms before each non-linearity, which the model has or has not, and its pull on their scales and offsets.
     State: 4 bytes.
     """
 
@@ -201,7 +201,7 @@ class NaP(Around):
     def after(self, kept: Kept, joint: State) -> None:
         for x, state in kept.items():
             now = torch.linalg.matrix_norm(x, keepdim=True)
-            x.mul_(torch.where(now > 0, state["length"] / now, 1.0))
+            x.mul_(torch.where((now > 0) & (state["length"] > 0), state["length"] / now, 1.0))
 
     def state_bytes(self) -> int:
         return sum(x[..., :1, :1].nbytes for x in self.matrices) + state_bytes(self.inner)

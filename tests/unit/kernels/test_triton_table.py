@@ -37,13 +37,14 @@ def test_what_was_timed_to_win_is_chosen_for_its_gpu_and_its_versions(
 ) -> None:
     monkeypatch.setenv("TRUETUNE_CACHE", str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    file = choices.keep("NVIDIA H100 80GB HBM3", ["gated"], {"results": []})
+    file = choices.keep("NVIDIA H100 80GB HBM3", ["lora_linear"], {"results": []})
     cuda = torch.device("cuda")
-    assert file == tmp_path / "kernels" / "nvidia-h100-80gb-hbm3.json" and choices.chosen_for(cuda) == ("gated",)
+    assert file == tmp_path / "kernels" / "nvidia-h100-80gb-hbm3.json" and choices.chosen_for(cuda) == ("lora_linear",)
     before = file.read_text(encoding="utf-8")
-    file.write_text(before.replace(torch.__version__, "2.12.0"), encoding="utf-8")
+    older = before.replace(torch.__version__, "2.12.0").replace("lora_linear", "a_kernel_of_then")
+    file.write_text(older, encoding="utf-8")
     assert choices.chosen_for(cuda) == ()
-    for wrong in ("{", before.replace("gated", "os.system"), "[]"):
+    for wrong in ("{", before.replace("lora_linear", "os.system"), before.replace("lora_linear", "rope"), "[]"):
         file.write_text(wrong, encoding="utf-8")
         with pytest.raises(UserError, match="make it again: truetune bench kernels --choose"):
             choices.chosen_for(cuda)

@@ -39,6 +39,10 @@ KERNELS: dict[str, Op[..., Any]] = {
 """Name -> the operation, whose reference the kernel must equal. Its file and function beside this one are so named."""
 
 
+CALLED = ("linear_cross_entropy", "packed_attention", "lora_linear")
+"""Operations that a model on a GPU calls; norms, gates and rotary positions are its author's there."""
+
+
 def equal(name: str) -> Callable[..., Any]:
     """The kernel with the operation's signature. Raises ModuleNotFoundError where Triton is not installed."""
     function: Callable[..., Any] = getattr(import_module(f"{__name__}.{name}"), name)

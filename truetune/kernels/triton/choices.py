@@ -16,7 +16,7 @@ import torch
 
 from truetune.cache import cache_folder
 from truetune.errors import UserError
-from truetune.kernels.triton import KERNELS
+from truetune.kernels.triton import CALLED
 
 PACKAGES = ("truetune", "torch", "triton")
 
@@ -51,13 +51,15 @@ def chosen_for(device: torch.device) -> tuple[str, ...]:
     try:
         values = json.loads(file.read_bytes())
         timed_with, chosen = values["versions"], tuple(values["chosen"])
-        if not KERNELS.keys() >= set(chosen):
-            raise ValueError("it names what is no kernel")
-    except (ValueError, KeyError, TypeError) as error:
+        if timed_with != versions():
+            return ()
+        if not set(CALLED) >= set(chosen):
+            raise ValueError("it names what no model calls")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} is damaged ({error}); delete it, or make it again: truetune bench kernels --choose"
         ) from error
-    return chosen if timed_with == versions() else ()
+    return chosen
 
 
 def _version(name: str) -> str | None:
