@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from truetune.errors import UserError
 from truetune.kernels.bases import BASES, Packed
 from truetune.kernels.lora_linear import Layer
+from truetune.kernels.native.memory import release_memory
 from truetune.models.adapt import FusedLoraLinear, fuse
 
 
@@ -47,6 +48,7 @@ def quantize_base(model: nn.Module, head: str, base: str, resting: nn.Module | N
         layer.whole = weight.device, weight.dtype
         if resting:
             weight.data = cast(Tensor, resting.get_submodule(name).weight).data
+    release_memory()
     return len(layers)
 
 
@@ -106,6 +108,8 @@ def original_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, packed, resting in layers:
             _set(layer, packed, resting)
+        if any(layer.whole != (resting.device, resting.dtype) for layer, _, resting in layers):
+            release_memory()
 
 
 def _set(layer: FusedLoraLinear, packed: Packed | None, weight: Tensor) -> None:

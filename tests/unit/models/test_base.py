@@ -25,6 +25,7 @@ from truetune.data.batch import Batch
 from truetune.errors import UserError
 from truetune.kernels import int8_linear, nf4_linear
 from truetune.kernels.bases import BASES
+from truetune.models import base as bases
 from truetune.models.adapt import FusedLoraLinear, unfused
 from truetune.models.base import original_weights, quantize_base, reference_base, require_able
 from truetune.models.wrap import CausalLM
@@ -215,11 +216,17 @@ def test_the_recipe_puts_it_in_place_and_only_then(run: Path, base: str) -> None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_weights_themselves_rest_in_their_file(run: Path, base: str, precision: str) -> None:
+def test_the_weights_themselves_rest_in_their_file(
+    run: Path, base: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = run.parent / "model" / "model.safetensors"
     data = facts(run)["recipe"]["data"]["source"]
     asked = keys(run.parent / "model", data, run.parent / "other", *asked_of(base, precision))
+    released: list[bool] = []
+    monkeypatch.setattr(bases, "release_memory", lambda: released.append(True))
     model = assemble(spelling.read(None, asked)).trainer.model
+    assert released
+    released.clear()
 
     def resting() -> list[bool]:
         lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
@@ -233,7 +240,7 @@ def test_the_weights_themselves_rest_in_their_file(run: Path, base: str, precisi
             if isinstance(layer, FusedLoraLinear):
                 assert layer.base_layer.weight.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
                 assert torch.equal(layer.base_layer.weight, kept[f"{name}.weight"].to(layer.base_layer.weight.dtype))
-    assert resting() == [True] * 14
+    assert resting() == [True] * 14 and bool(released) == (precision == "fp32")
 
 
 def test_what_leaves_stands_on_the_original_weights(run: Path, base: str) -> None:
