@@ -53,7 +53,7 @@ setup: .venv/dev
 
 # The environment for development: the user's, with tests and linters.
 .venv/dev: .venv/user
-	$(PIP) -e '.[gguf,tensorboard,dev]'
+	$(PIP) -e '.[gguf,tensorboard,bitsandbytes,dev]'
 	touch $@
 
 # A small real model, as a package holds it; its path is kept in the file.

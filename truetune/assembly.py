@@ -27,9 +27,10 @@ from truetune.kernels.triton import install
 from truetune.kernels.triton.choices import chosen_for
 from truetune.models.adapt import add_lora
 from truetune.models.adapter import continued
+from truetune.models.base import quantize_base, require_able
 from truetune.models.coverage import coverage
-from truetune.models.int8 import quantize_base
-from truetune.models.load import Loaded, load, require_causal
+from truetune.models.export import reload
+from truetune.models.load import Loaded, load, quiet, require_causal
 from truetune.models.precision import keep_sums_in_fp32
 from truetune.models.route import choose_route, sharing_disproof
 from truetune.models.router import Router, choose_router, has_router_loss
@@ -190,7 +191,9 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
         keep_memory()
     install(chosen_for(device))
     dtype = pick_dtype(recipe.model.precision, device)
-    adapter = recipe.adapter
+    adapter, base = recipe.adapter, recipe.model.base
+    if base:
+        require_able(base, device)
     # A trained weight is kept in fp32, whatever it is computed in: bf16 would round its updates away.
     stored = dtype if adapter.method == "lora" else torch.float32
     loaded = load(
@@ -228,8 +231,10 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     if dtype != torch.float32:
         keep_sums_in_fp32(hf)
     wrapped = CausalLM(model, tail, route, dtype)
-    if recipe.model.base == "int8":
-        quantize_base(wrapped.hf, tail.head)
+    if base:
+        with quiet():
+            resting = reload(loaded, loaded.folder, "auto")
+        quantize_base(wrapped.hf, tail.head, base, resting)
     return loaded, wrapped
 
 

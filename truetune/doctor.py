@@ -42,6 +42,7 @@ EXTRAS = {
     "tensorboard": "scalars for TensorBoard (output.tensorboard)",
     "wandb": "runs on Weights & Biases (output.wandb)",
     "gguf": "models in GGUF files",
+    "bitsandbytes": "LoRA over a base in 4 bits (model.base=nf4)",
 }
 """Optional package, which is also the name of its extra -> what it is for."""
 

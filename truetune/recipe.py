@@ -58,8 +58,10 @@ class Model(Part):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16: compute in bf16, trained weights in fp32; auto: bf16 where it is fast"
     )
-    base: Literal["int8"] | None = Field(
-        None, description="int8: LoRA's frozen base is multiplied in 8 bits in training; default: as precision says"
+    base: Literal["int8", "nf4"] | None = Field(
+        None,
+        description="LoRA's frozen base in training: int8, multiplied in 8 bits; nf4, kept in 4 (QLoRA); default: as "
+        "precision says",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
@@ -294,7 +296,8 @@ class Recipe(Part):
             )
         if self.model.base and (other := self._unquantized()):
             raise _conflict(
-                f"model.base=int8 means nothing with {other}, whose products are not those of plain LoRA; remove one",
+                f"model.base={self.model.base} means nothing with {other}, whose products are not those of plain LoRA; "
+                "remove one",
                 "model.base",
                 other.partition("=")[0],
             )
@@ -338,7 +341,7 @@ class Recipe(Part):
             "adapter.method=full": adapter.method == "full",
             "adapter.dora": adapter.dora,
             "adapter.dropout": adapter.dropout > 0,
-            "device=cuda": self.device == "cuda",
+            "device=cuda": self.device == "cuda" and self.model.base == "int8",
         }
         return next((key for key, idle in found.items() if idle), None)
 

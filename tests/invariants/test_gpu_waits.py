@@ -26,6 +26,7 @@ from truetune.devices import to_device
 from truetune.kernels import triton as table
 from truetune.kernels.int8_linear import int8_lora_linears
 from truetune.kernels.lora_linear import lora_linears
+from truetune.kernels.nf4_linear import nf4_lora_linears
 from truetune.kernels.op import Op
 from truetune.models.adapt import add_lora
 from truetune.models.route import choose_route
@@ -38,7 +39,7 @@ from truetune.training.gradient import NonFinite
 from truetune.training.record import Step
 from truetune.training.trainer import Trainer
 
-OPS: list[Op[..., Any]] = [*table.KERNELS.values(), lora_linears, int8_lora_linears]
+OPS: list[Op[..., Any]] = [*table.KERNELS.values(), lora_linears, int8_lora_linears, nf4_lora_linears]
 
 
 class Copies(TorchDispatchMode):

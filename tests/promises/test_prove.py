@@ -9,10 +9,11 @@ import pytest
 import torch
 from folders import facts, invoke, keys, write_model, write_rows
 
-from truetune.kernels import int8_linear
+from truetune.kernels import int8_linear, nf4_linear
 from truetune.promises import PROMISES
 
 BYTES = pytest.mark.skipif(not int8_linear.available(torch.device("cpu")), reason="no compiled products of bytes")
+LIBRARY = pytest.mark.skipif(not nf4_linear.available(), reason="no bitsandbytes")
 WSD = ("schedule.name=wsd", "schedule.decay=300")
 CASES = [
     ("llama", ["adapter.lora_plus_ratio=4"]),
@@ -22,6 +23,7 @@ CASES = [
     ("qwen2", ["adapter.method=full", "optimizer.rate=1e-3", "schedule.warmup=30", *WSD]),
     ("gpt2", ["adapter.method=full", "optimizer.rate=1e-3", "model.precision=bf16"]),
     pytest.param("qwen2", ["model.base=int8", "model.precision=bf16"], marks=BYTES),
+    pytest.param("llama", ["model.base=nf4"], marks=LIBRARY),
 ]
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from truetune.data.batch import IGNORE, Batch, Document
 from truetune.data.prefixes import sharing_pairs
 from truetune.models.adapt import unfused
+from truetune.models.base import judged_base
 from truetune.models.load import Loaded
 from truetune.models.wrap import CausalLM
 from truetune.optim import enough, set_rate, take_step
@@ -206,7 +207,7 @@ def parity(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> 
     balance = 0.0
     weights = (batch.labels != IGNORE).float() if batch.weights is None else batch.weights
     columns = (column.split(batch.lengths) for column in (batch.tokens, batch.labels, weights))
-    with model.as_published("eager") as hf, unfused(hf), model.autocast():
+    with judged_base(model.hf), model.as_published("eager") as hf, unfused(hf), model.autocast():
         for tokens, labels, weight in zip(*columns, strict=True):
             out = hf(input_ids=tokens[None], use_cache=False, **({"output_router_logits": True} if router else {}))
             logits, chosen = out.logits[0].float(), labels != IGNORE

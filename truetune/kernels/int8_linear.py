@@ -92,12 +92,12 @@ def _compiled(x: Tensor, layers: Sequence[Layer], packed: Sequence[Packed]) -> t
     quantized: list[Any] = []  # x, once for all layers
 
     def products(weight: Packed) -> tuple[Product, Product]:
-        def ahead(x_TI: Tensor, _: Tensor, bias_O: Tensor | None, low_TR: Tensor, up_OR: Tensor) -> Tensor:
+        def ahead(x_TI: Tensor, _: None, bias_O: Tensor | None, low_TR: Tensor, up_OR: Tensor) -> Tensor:
             if not quantized:
                 quantized.append(compiled.int8_quantize(x_TI.contiguous(), None))
             return _product(quantized[0], weight.ahead, weight.scale_O, bias_O, low_TR, up_OR)
 
-        def back(dy_TO: Tensor, _: Tensor, __: Tensor | None, low_TR: Tensor, up_IR: Tensor) -> Tensor:
+        def back(dy_TO: Tensor, _: None, __: Tensor | None, low_TR: Tensor, up_IR: Tensor) -> Tensor:
             dy = compiled.int8_quantize(dy_TO.contiguous(), weight.scale_O)
             return _product(dy, weight.back, None, None, low_TR, up_IR)
 
@@ -115,11 +115,11 @@ def _no_product(*_: Tensor | None) -> Tensor:
 def _reference(weight_OI: Tensor) -> tuple[Product, Product]:
     values_OI, scale_O = (t.double() for t in quantize_weight(weight_OI))
 
-    def ahead(x_TI: Tensor, _: Tensor, bias_O: Tensor | None, low_TR: Tensor, up_OR: Tensor) -> Tensor:
+    def ahead(x_TI: Tensor, _: None, bias_O: Tensor | None, low_TR: Tensor, up_OR: Tensor) -> Tensor:
         y_TO = _quantized(x_TI) @ values_OI.T * scale_O + low_TR.double() @ up_OR.double().T
         return (y_TO if bias_O is None else y_TO + bias_O).to(x_TI.dtype)
 
-    def back(dy_TO: Tensor, _: Tensor, __: Tensor | None, low_TR: Tensor, up_IR: Tensor) -> Tensor:
+    def back(dy_TO: Tensor, _: None, __: Tensor | None, low_TR: Tensor, up_IR: Tensor) -> Tensor:
         dx_TI = _quantized(dy_TO, scale_O.float()) @ values_OI + low_TR.double() @ up_IR.double().T
         return dx_TI.to(dy_TO.dtype)
 

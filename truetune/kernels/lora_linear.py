@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from truetune.kernels.op import Op, compute_dtype, no_autocast
 
-Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+Product = Callable[[Tensor, Any, Tensor | None, Tensor, Tensor], Tensor]
 
 
 class Layer(NamedTuple):
@@ -53,7 +53,7 @@ def lora_linear(
 
 @lora_linear.on("cpu", "cuda")
 def _fused(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-    return through(_product, x, [Layer(weight_OI, bias_O, a_RI, b_OR, scaling)])[0]
+    return through(product, x, [Layer(weight_OI, bias_O, a_RI, b_OR, scaling)])[0]
 
 
 @Op
@@ -64,10 +64,11 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 
 @lora_linears.on("cpu", "cuda")
 def _together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    return through(_product, x, layers)
+    return through(product, x, layers)
 
 
-def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_TR: Tensor, up_OR: Tensor) -> Tensor:
+def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_TR: Tensor, up_OR: Tensor) -> Tensor:
+    """x W^T + bias + low up^T."""
     return F.linear(x_TI, weight_OI, bias_O).addmm_(low_TR, up_OR.T)
 
 
@@ -76,12 +77,13 @@ def through(
 ) -> tuple[Tensor, ...]:
     """The operation over ``product``: (x, W, b, low, up) -> x W^T + b + low up^T, all of one dtype.
 
-    each: in its place, of every layer one for the output and one for dx.
+    each: in its place, of every layer one for the output and one for dx, which are given no W.
     """
     for layer in layers:
         _require_frozen(layer.weight, layer.bias)
     x_TI = x.reshape(-1, x.shape[-1])
     weights, biases, a, b, scalings = zip(*layers, strict=True)
+    weights = (None,) * len(layers) if each else weights
     outputs = _LoRALinears.apply((product, each), scalings, x_TI, *weights, *biases, *a, *b)
     # Viewed out here: a view made inside a custom function can't be added to in place, as some models do.
     return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[1]) for y_TO in outputs)
@@ -102,7 +104,7 @@ class _LoRALinears(torch.autograd.Function):
         weights, biases, a, b = _by_kind(tensors)
         ctx.products, ctx.scalings, ctx.dtype = products, scalings, x_TI.dtype
         ctx.factors = [(f.dtype, f.requires_grad) for f in (*a, *b)]
-        dtype = compute_dtype(x_TI, *weights)
+        dtype = compute_dtype(x_TI, *(weight for weight in weights if weight is not None))
         x_TI = x_TI.to(dtype)
         with no_autocast(x_TI):
             a_SI = torch.cat([f.to(dtype) for f in a])
@@ -111,7 +113,7 @@ class _LoRALinears(torch.autograd.Function):
             lows = low_TS.split([len(f) for f in a], 1)
             ahead = [first for first, _ in products[1]] or [products[0]] * len(weights)
             outputs = tuple(
-                product(x_TI, weight.to(dtype), None if bias is None else bias.to(dtype), low_TR, up_OR)
+                product(x_TI, _to(dtype, weight), _to(dtype, bias), low_TR, up_OR)
                 for product, weight, bias, low_TR, up_OR in zip(ahead, weights, biases, lows, ups, strict=True)
             )
         for_a, for_b = (any(f.requires_grad for f in factors) for factors in (a, b))
@@ -153,7 +155,7 @@ def _for_x(
     product: Product,
     each: Sequence[tuple[Product, Product]],
     grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    weights: Sequence[Any],
     grad_low_TS: Tensor,
     a_SI: Tensor,
 ) -> Tensor:
@@ -163,11 +165,15 @@ def _for_x(
         for grad_TO, weight_OI in zip(grads[1:], weights[1:], strict=True):
             grad_x_TI.addmm_(grad_TO, weight_OI.to(dtype))
         return grad_x_TI
-    grad_x_TI = each[0][1](grads[0], weights[0].to(dtype).T, None, grad_low_TS, a_SI.T)
+    grad_x_TI = each[0][1](grads[0], None, None, grad_low_TS, a_SI.T)
     none_TR, none_IR = grad_low_TS[:, :0], a_SI.T[:, :0]
-    for (_, back), grad_TO, weight_OI in zip(each[1:], grads[1:], weights[1:], strict=True):
-        grad_x_TI += back(grad_TO, weight_OI.to(dtype).T, None, none_TR, none_IR)
+    for (_, back), grad_TO in zip(each[1:], grads[1:], strict=True):
+        grad_x_TI += back(grad_TO, None, None, none_TR, none_IR)
     return grad_x_TI
+
+
+def _to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _by_kind(tensors: Sequence[Any]) -> list[Sequence[Any]]:

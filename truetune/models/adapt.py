@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from truetune.errors import UserError
-from truetune.kernels.int8_linear import Packed, int8_lora_linears
+from truetune.kernels import bases
 from truetune.kernels.lora_linear import Layer, lora_linear, lora_linears
 from truetune.models.load import quiet
 from truetune.models.targets import adapted_linears, embeddings_name, in_full, is_tied, shortest
@@ -43,11 +43,13 @@ START = "start"
 class FusedLoraLinear(PeftLoraLinear):
     """PEFT's LoRA layer with base and adapter computed together; anything unusual goes PEFT's way.
 
-    packed: the weight in 8 bits, where ``models.int8`` put it; a copy in float64 is computed with the weight itself.
+    packed: the weight in a few bits, where ``models.base`` put it, and ``whole`` where and in what dtype it is computed
+    with otherwise; a copy in float64 is computed with the weight itself.
     """
 
     together: Together | None = None
-    packed: Packed | None = None
+    packed: bases.Packed | None = None
+    whole: tuple[torch.device, torch.dtype]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self.adapts:
@@ -72,7 +74,7 @@ def _compute(x: Tensor, layers: Sequence[FusedLoraLinear]) -> tuple[Tensor, ...]
     parts, packed = [layer.parts for layer in layers], [layer.packed for layer in layers]
     if None in packed or parts[0].weight.dtype == torch.float64:
         return lora_linears(x, parts)
-    return int8_lora_linears(x, parts, cast(Sequence[Packed], packed))
+    return bases.linears(x, parts, cast(Sequence[bases.Packed], packed))
 
 
 def factors(layer: PeftLoraLinear) -> tuple[Tensor, Tensor, float]:

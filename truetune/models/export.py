@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from truetune.errors import UserError
 from truetune.models.adapt import START, unfused
 from truetune.models.adapter import note_base
+from truetune.models.base import original_weights
 from truetune.models.join import write_joined
 from truetune.models.load import Loaded, quiet, weights_digest
 from truetune.models.targets import is_tied
@@ -136,7 +137,8 @@ def _write_whole(model: PreTrainedModel | PeftModel, attention: str, folder: Pat
 
 def merged_copy(model: PreTrainedModel | PeftModel, attention: str) -> PreTrainedModel:
     """The model in fp32, adapters merged, with the attention that its library gives it."""
-    whole = copy.deepcopy(model).float()
+    with original_weights(model):
+        whole = copy.deepcopy(model).float()
     if isinstance(whole, PeftModel):
         _untie_adapted_head(whole)
         with quiet():

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from truetune.data.batch import Batch, Document
 from truetune.errors import UserError
 from truetune.models.adapt import START, low_rank
-from truetune.models.int8 import original_weights
+from truetune.models.base import original_weights
 from truetune.models.last import narrow
 from truetune.models.recompute import Budget, measured, recomputable
 from truetune.models.route import Route, States, recompute_disproof

@@ -18,7 +18,7 @@ from truetune.checks.preflight import distance, off
 from truetune.data.batch import Batch, Document
 from truetune.data.packing import best_fit_decreasing
 from truetune.models.adapt import unfused
-from truetune.models.int8 import reference_base
+from truetune.models.base import reference_base
 from truetune.models.route import disproof
 from truetune.models.router import Router
 from truetune.models.wrap import CausalLM

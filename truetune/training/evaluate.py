@@ -10,8 +10,8 @@ import torch
 
 from truetune.data.batch import Batch, Document
 from truetune.data.packing import best_fit_decreasing
+from truetune.models.base import original_weights
 from truetune.models.generate import answer
-from truetune.models.int8 import original_weights
 from truetune.models.load import Loaded
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
@@ -24,7 +24,7 @@ PROMPT_OF_TEXT = 16
 class Evaluator:
     """Loss per target token over ``documents``, packed into batches of at most ``capacity`` tokens; no weights.
 
-    A base that is trained upon in 8 bits is its original here: that is what the adapter will stand on.
+    A base that is trained upon in 8 or 4 bits is its original here: that is what the adapter will stand on.
 
     sources: name of a source -> places of its documents; where there are several, each has its own loss as well.
     """
@@ -48,17 +48,17 @@ class Evaluator:
         model.eval()
         total, count, right, tokens = 0.0, 0, 0, 0
         of_document: dict[int, tuple[float, int]] = {}
-        for pack in self.packs:
-            batch = Batch.of([self.documents[i] for i in pack], model.device)
-            with original_weights(model):
+        with original_weights(model):
+            for pack in self.packs:
+                batch = Batch.of([self.documents[i] for i in pack], model.device)
                 terms = self.objective(model, batch)
-            total += float(terms.losses.double().sum())
-            right += int(terms.correct.sum())
-            count += len(terms.losses)
-            tokens += len(batch.tokens)
-            counts = [self.documents[i].target_count for i in pack]
-            sums = [float(part.double().sum()) for part in terms.losses.split(counts)]
-            of_document |= dict(zip(pack, zip(sums, counts, strict=True), strict=True))
+                total += float(terms.losses.double().sum())
+                right += int(terms.correct.sum())
+                count += len(terms.losses)
+                tokens += len(batch.tokens)
+                counts = [self.documents[i].target_count for i in pack]
+                sums = [float(part.double().sum()) for part in terms.losses.split(counts)]
+                of_document |= dict(zip(pack, zip(sums, counts, strict=True), strict=True))
         model.train(training)
         loss = total / count
         perplexity = math.exp(loss) if loss < 700 else math.inf
