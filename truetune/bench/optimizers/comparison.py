@@ -19,7 +19,7 @@ from statistics import fmean, stdev
 
 from truetune.bench.optimizers.curve import Curve, Speedup, fit
 from truetune.bench.optimizers.descent import Axis, descend
-from truetune.bench.optimizers.methods import BASELINE, METHODS, axes, options
+from truetune.bench.optimizers.methods import BASELINE, METHODS, axes, options, start
 from truetune.bench.optimizers.trial import Left, Outcome, Setting, Trial
 from truetune.errors import UserError
 
@@ -101,8 +101,7 @@ def runs(setting: Setting, name: str, ask: Ask) -> Runs:
 def noise(setting: Setting, ask: Ask) -> float:
     """Standard deviation, over ``SEEDS``, of AdamW's loss at its start. Raises UserError if it fails there."""
     run = runs(setting, BASELINE, ask)
-    at = {axis.name: axis.values[axis.start] for axis in axes(BASELINE, setting.full)}
-    found = [run(at, seed) for seed in SEEDS]
+    found = [run(start(BASELINE, setting.full), seed) for seed in SEEDS]
     if failed := next((outcome for outcome in found if not math.isfinite(outcome.loss)), None):
         raise UserError(f"AdamW fails at its start ({failed.failed}), so noise can't be had; choose another workload")
     return stdev(outcome.loss for outcome in found)

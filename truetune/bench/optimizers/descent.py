@@ -65,10 +65,11 @@ def _along(axis: Axis, place: int, best: Point, at: Callable[[Point], float], to
     """As far along one axis as every step helps, to the better side first."""
     steps: tuple[int, ...] = (-width, width)
     while True:
+        here = at(best)
         near = [_moved(best, place, step) for step in steps]
         near = [point for point in near if 0 <= point[place] < len(axis.values)]
         better = min(near, key=at, default=best)
-        if not at(best) - at(better) > tolerance:
+        if not here - at(better) > tolerance:
             return best
         steps, best = (better[place] - best[place],), better
 

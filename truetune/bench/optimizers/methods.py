@@ -64,6 +64,11 @@ def axes(name: str, rest: bool) -> list[Axis]:
     return found
 
 
+def start(name: str, rest: bool) -> dict[str, float]:
+    """The point of the grid where the search for a method begins."""
+    return {axis.name: axis.values[axis.start] for axis in axes(name, rest)}
+
+
 def options(name: str, values: dict[str, float], rank: int) -> dict[str, Any]:
     """The recipe's section ``optimizer`` for a point of the grid."""
     found: dict[str, Any] = {"name": name, "rate": values["rate"], "weight_decay": values["decay"]}

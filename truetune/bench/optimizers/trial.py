@@ -93,8 +93,10 @@ def run(recipe: Recipe) -> Outcome:
                 course.append((tokens, record.loss))
     except (NonFinite, CheckFailed) as error:
         failed = str(error)
+    if not failed and not math.isfinite(course[-1][1]):
+        failed = "the held-out loss is no number"
     return Outcome(
-        loss=course[-1][1] if not failed and math.isfinite(course[-1][1]) else math.inf,
+        loss=math.inf if failed else course[-1][1],
         course=tuple((t, loss) for t, loss in course if math.isfinite(loss)),
         tokens=tokens,
         steps=len(seconds),
@@ -152,7 +154,7 @@ class Trials:
 
 def _told(trial: Trial, outcome: Outcome) -> str:
     options = "  ".join(f"{key} {value}" for key, value in trial.options.items() if key != "name")
-    loss = f"{outcome.loss:.4f}" if outcome.failed is None else f"failed: {outcome.failed}"
+    loss = f"{outcome.loss:.4f}" if not outcome.failed else f"failed: {outcome.failed}"
     length = "" if trial.budget == 1 else f"  {trial.budget:g} times as long"
     return f"{trial.method}  {options}  seed {trial.seed}{length}: {loss}  ({outcome.cpu_seconds:.1f} CPU-s)"
 

@@ -31,7 +31,7 @@ from truetune.recipe import Recipe
 from truetune.training.checkpoint import atomic_folder
 
 TEXT = "text"
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256, "tie_word_embeddings": True,
     "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
@@ -84,7 +84,7 @@ def _shared(full: bool) -> dict[str, dict[str, Any]]:
         "data": {"max_length": 256, "too_long": "split"},
         "evaluation": {"rows": 1 << 20, "samples": 0},  # all that are held out
         "adapter": {"method": "full"} if full else {"rank": RANK, "alpha": 2.0 * RANK},
-        "train": {"tokens_per_step": step, "tokens_per_micro_batch": step},
+        "train": {"tokens_per_step": step, "tokens_per_micro_batch": step, "clip": 1.0},
     }
 
 
@@ -110,7 +110,7 @@ def prepare(name: str, tokens: int | None) -> Workload:
                 (scratch / f"{file}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
             if full:
                 _train_tokenizer(row["text"] for row in train).save_pretrained(scratch / "tokenizer")
-    rank = (int(str(SHAPE["hidden_size"])) if full else RANK) // 4
+    rank = (SHAPE["hidden_size"] if full else RANK) // 4
     setting = Setting(Path(name).name, data, tokens or TOKENS[full], full, rank)
     return Workload(setting, folder, None if full else Path(name).resolve())
 
@@ -143,7 +143,7 @@ def _train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    size = int(str(SHAPE["vocab_size"]))
+    size = SHAPE["vocab_size"]
     inner.train_from_iterator(
         texts,
         trainers.BpeTrainer(vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False),
