@@ -192,6 +192,7 @@ def test_what_failed_and_what_ended_at_an_edge_is_said(bench: Callable[..., Any]
         (["--table", "none.jsonl"], "can't read none.jsonl"),
         (["--table", "bad.jsonl"], "bad.jsonl: line 2 is no trial"),
         (["--table", "later.jsonl"], "has format 2, but truetune"),
+        (["--table", "empty.jsonl"], "empty.jsonl has no runs yet"),
         (["--table", "good.jsonl", "--hours", "1"], "--table trains nothing"),
         (["--table", "good.jsonl", "--picture", "a.png"], "is not SVG"),
     ],
@@ -202,6 +203,7 @@ def test_wrong_use_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     bench("--to", "good.jsonl", "--method", "muon", "--hours", "1", after=1)
     line = Path("good.jsonl").read_text()
+    Path("empty.jsonl").touch()
     Path("bad.jsonl").write_text(line + "{}\n")
     Path("later.jsonl").write_text(line.replace('"format": 1', '"format": 2'))
     shown, _ = bench(*arguments)

@@ -61,6 +61,8 @@ def show(files: Sequence[Path], methods: Sequence[str], picture: Path | None, id
     if idle:
         raise UserError("--table trains nothing, so it goes with --method and --picture alone; leave out the others")
     names, trials = _known(methods), Trials(*files)
+    if not trials.settings:
+        raise UserError(f"{files[0]} has no runs yet; make some with --to {files[0]}")
     _show([compare(setting, names, trials) for setting in trials.settings], trials, picture)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def prepare(name: str, tokens: int | None) -> Workload:
             if full:
                 _train_tokenizer(row["text"] for row in train).save_pretrained(scratch / "tokenizer")
     rank = (SHAPE["hidden_size"] if full else RANK) // 4
-    setting = Setting(Path(name).name, data, tokens or TOKENS[full], full, rank)
+    setting = Setting(name if full else Path(name).resolve().name, data, tokens or TOKENS[full], full, rank)
     return Workload(setting, folder, None if full else Path(name).resolve())
 
 
@@ -119,9 +120,13 @@ def _texts() -> list[tuple[str, str]]:
     """(path, text) of the library's source, in the order of the paths."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = (file.relative_to(root) for file in root.rglob("*.py"))
-    kept = sorted(p for p in paths if "-packages" not in p.parts[0] and not _NO_TEXT & set(p.parts))
+    kept = sorted(p for p in paths if _module(p) in sys.stdlib_module_names and not _NO_TEXT & set(p.parts))
     found = ((p.as_posix(), (root / p).read_text(encoding="utf-8", errors="replace")) for p in kept)
     return [(path, text) for path, text in found if text.strip()]
+
+
+def _module(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
 
 
 def _split(texts: list[tuple[str, str]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
