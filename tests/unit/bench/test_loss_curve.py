@@ -52,3 +52,5 @@ def test_what_no_curve_fits_is_refused() -> None:
         fit([1.0, 2.0, 2.0], [3.0, 2.0, 2.1])
     with pytest.raises(UserError, match="does not fall"):
         fit(TOKENS, [1.0, 1.1, 1.2, 1.3])
+    with pytest.raises(UserError, match="a tuned run of AdamW failed"):
+        fit(TOKENS, [*losses(0.5)[:3], math.inf])

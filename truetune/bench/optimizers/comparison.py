@@ -63,9 +63,8 @@ class Comparison:
         """Of the mean loss, and of each seed's, from the least on; none without a curve or a ranking."""
         if self.curve is None or not standing.finals:
             return []
-        tokens = fmean(found.tokens for found in standing.finals)
-        each = sorted(self.curve.speedup(found.loss, tokens) for found in standing.finals)
-        return [self.curve.speedup(standing.loss, tokens), *each]
+        each = sorted(self.curve.speedup(found.loss, self.setting.tokens) for found in standing.finals)
+        return [self.curve.speedup(standing.loss, self.setting.tokens), *each]
 
 
 def compare(setting: Setting, methods: Sequence[str], ask: Ask) -> Comparison:
@@ -80,7 +79,7 @@ def compare(setting: Setting, methods: Sequence[str], ask: Ask) -> Comparison:
         standing = _standing(name, runs(setting, name, ask), axes(name, setting.full), tolerance)
         if name == BASELINE and standing.finals:
             try:
-                curve = _curve(standing, runs(setting, name, ask), axes(name, setting.full), tolerance)
+                curve = _curve(setting, standing, runs(setting, name, ask), tolerance)
             except Left:
                 standing = replace(standing, left="ranked, but its curve lacks runs")
             except UserError as error:
@@ -126,16 +125,16 @@ def _standing(name: str, run: Runs, along: Sequence[Axis], tolerance: float) -> 
     return Standing(name, None, found.values, found.edges, finals)
 
 
-def _curve(standing: Standing, run: Runs, along: Sequence[Axis], tolerance: float) -> Curve:
+def _curve(setting: Setting, standing: Standing, run: Runs, tolerance: float) -> Curve:
     """Through the tuned method's runs of all lengths. Raises Left, and UserError where no curve fits."""
-    points, rate = list(standing.finals), next(axis for axis in along if axis.name == "rate")
+    rate = next(axis for axis in axes(standing.method, setting.full) if axis.name == "rate")
     rate = rate._replace(start=rate.values.index(standing.values["rate"]), coarse=1)
+    points = [(1.0, found.loss) for found in standing.finals]
     for budget in (budget for budget in BUDGETS if budget != 1):
 
         def loss(values: dict[str, float], budget: float = budget) -> float:
             return run(standing.values | values, TUNING, budget).loss
 
         values = standing.values | descend([rate], loss, tolerance).values
-        points += (run(values, seed, budget) for seed in SEEDS)
-    points = [found for found in points if math.isfinite(found.loss)]
-    return fit([found.tokens for found in points], [found.loss for found in points])
+        points += [(budget, run(values, seed, budget).loss) for seed in SEEDS]
+    return fit([budget * setting.tokens for budget, _ in points], [found for _, found in points])

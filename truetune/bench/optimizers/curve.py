@@ -58,10 +58,12 @@ class Curve(NamedTuple):
 def fit(tokens: Sequence[float], losses: Sequence[float]) -> Curve:
     """The curve of least squares through (tokens, loss), several of each length.
 
-    Raises UserError for fewer lengths than ``LENGTHS``, and for losses that do not fall with them.
+    Raises UserError for fewer lengths than ``LENGTHS``, for the loss of a failed run, and for losses that do not fall.
     """
     if len(set(tokens)) < LENGTHS:
         raise UserError(f"a curve needs runs of {LENGTHS} lengths, not {len(set(tokens))}; run the others first")
+    if not all(map(math.isfinite, losses)):
+        raise UserError("a tuned run of AdamW failed, so no curve goes through its losses; give the runs other tokens")
     t, wanted = np.asarray(tokens, float) / min(tokens), np.asarray(losses, float)
 
     def solved(alpha: float) -> tuple[np.ndarray, float]:
