@@ -179,8 +179,9 @@ def test_what_failed_and_what_ended_at_an_edge_is_said(bench: Callable[..., Any]
     tried = len([trial for trial in done if trial.method == "muon"])
     assert f"note: muon: {tried} of {tried} trials failed, and counted as worse than all others" in shown.stdout
     assert "| inf |" in shown.stdout and "failed: no number" in shown.stdout
-    found = compare(SETTING, ["adamw"], lambda t: outcome(t, worth(t) - 3 * t.options["weight_decay"]))
-    assert "adamw: the search ended at an edge of the grid (decay)" in list(notes(found, Trials()))
+    for sign, edges in ((-1, "decay, second"), (1, "second")):  # the second beta begins at the edge, and stays there
+        found = compare(SETTING, ["adamw"], lambda t, s=sign: outcome(t, worth(t) + 3 * s * t.options["weight_decay"]))
+        assert f"adamw: the search ended at an edge of the grid ({edges})" in list(notes(found, Trials()))
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def notes(comparison: Comparison, trials: Trials) -> Iterator[str]:
         own = trials.of(setting, standing.method)
         if standing.left:
             yield f"{standing.method}: {standing.left} ({len(own)} trials so far)"
-        if standing.edges:
-            yield f"{standing.method}: the search ended at an edge of the grid ({', '.join(standing.edges)})"
+        if edges := [edge for edge in standing.edges if standing.values[edge]]:  # no decay is no end of a grid
+            yield f"{standing.method}: the search ended at an edge of the grid ({', '.join(edges)})"
         if failed := sum(found.failed is not None for found in own):
             yield f"{standing.method}: {failed} of {len(own)} trials failed, and counted as worse than all others"
 
