@@ -21,7 +21,7 @@ TEXTS = [(f"{i}.py", f"def f{i}(x):\n    return x + {i}  # adds {i} to x\n" * 30
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workloads of which little is left: a smaller model, and few rows."""
-    monkeypatch.setenv("TRUETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(workload, "cache_folder", lambda: tmp_path / "cache")  # kernels stay where they are built
     shape = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     monkeypatch.setattr(workload, "SHAPE", workload.SHAPE | shape)
     monkeypatch.setattr(workload, "_texts", lambda: TEXTS)

@@ -73,7 +73,7 @@ def fit(tokens: Sequence[float], losses: Sequence[float]) -> Curve:
     def left(log_alpha: float) -> float:
         return solved(math.exp(log_alpha))[1]
 
-    grid = np.linspace(*np.log(ALPHA), 60)  # the sum of squares need not have one valley alone
+    grid = np.log(np.geomspace(*ALPHA, 60))  # the sum of squares need not have one valley alone
     near = int(np.argmin([left(x) for x in grid]))
     bounds = (grid[max(near - 1, 0)], grid[min(near + 1, len(grid) - 1)])
     alpha = math.exp(minimize_scalar(left, bounds=bounds, method="bounded", options={"xatol": 1e-10}).x)

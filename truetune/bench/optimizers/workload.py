@@ -61,20 +61,15 @@ class Workload:
     def recipe(self, trial: Trial) -> Recipe:
         """The whole of a trial."""
         model = self.model or _initial(self.folder, trial.seed)
-        shared = _shared(self.setting.full)
-        train = {"tokens": round(trial.budget * self.setting.tokens), "seed": trial.seed}
+        parts = {
+            "model": {"path": str(model)},
+            "data": {"source": str(self.folder / "train.jsonl")},
+            "evaluation": {"source": str(self.folder / "test.jsonl")},
+            "train": {"tokens": round(trial.budget * self.setting.tokens), "seed": trial.seed},
+        }
+        shared = {key: part | parts.get(key, {}) for key, part in _shared(self.setting.full).items()}
         schedule = {"name": "linear" if trial.falls else "constant", "warmup": WARMUP}
-        return Recipe(
-            **shared
-            | {
-                "model": shared["model"] | {"path": str(model)},
-                "data": shared["data"] | {"source": str(self.folder / "train.jsonl")},
-                "evaluation": shared["evaluation"] | {"source": str(self.folder / "test.jsonl")},
-                "optimizer": trial.options,
-                "schedule": schedule,
-                "train": shared["train"] | train,
-            }
-        )
+        return Recipe.model_validate(shared | {"optimizer": trial.options, "schedule": schedule})
 
 
 def _shared(full: bool) -> dict[str, dict[str, Any]]:
