@@ -61,7 +61,7 @@ class Workload:
     def recipe(self, trial: Trial) -> Recipe:
         """The whole of a trial."""
         model = self.model or _initial(self.folder, trial.seed)
-        parts = {
+        parts: dict[str, dict[str, Any]] = {
             "model": {"path": str(model)},
             "data": {"source": str(self.folder / "train.jsonl")},
             "evaluation": {"source": str(self.folder / "test.jsonl")},
