@@ -39,12 +39,12 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 RANK = 16
 """Of LoRA."""
-TOKENS = {True: 409_600, False: 32_768}
+TOKENS = {True: 262_144, False: 8_192}
 """Of a run of budget 1: from scratch, and of LoRA."""
 WARMUP = 0.1
 HELD_OUT = 0.06
 """Share of the files."""
-EXCERPT, EXCERPTS, QUESTIONS = 2_000, 24, 64
+EXCERPT, EXCERPTS, QUESTIONS = 2_000, 24, 32
 """Characters of a held-out file that count, files at most, and held-out rows of the docstrings."""
 _NO_TEXT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "pydoc_data", "encodings", "tkinter", "turtledemo"}
 """Folders of the library that are left out: tests, and tables."""
@@ -74,7 +74,7 @@ class Workload:
 
 def _shared(full: bool) -> dict[str, dict[str, Any]]:
     """Of the recipe what all methods have."""
-    step = 2048 if full else 1024
+    step = 2048 if full else 512
     return {
         "model": {"precision": "fp32" if full else "bf16"},
         "data": {"max_length": 256, "too_long": "split"},
