@@ -87,8 +87,8 @@ def _say_plan(setting: Setting, methods: Sequence[str], trials: Trials) -> None:
     each = setting.tokens * sum(o.cpu_seconds for o in known) / sum(o.tokens for o in known)
     spent = sum(o.cpu_seconds for o in trials.of(setting)) / HOUR
     print(
-        f"plan: {each:.1f} CPU-seconds a run of AdamW, so {count * each / HOUR:.1f} to {2 * count * each / HOUR:.1f} "
-        f"CPU-hours in all, of which {spent:.1f} are spent",
+        f"plan: {each:.1f} CPU-seconds a run of AdamW, so {count * each / HOUR:.2f} to {2 * count * each / HOUR:.2f} "
+        f"CPU-hours in all, of which {spent:.2f} are spent",
         flush=True,
     )
 

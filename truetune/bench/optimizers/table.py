@@ -20,6 +20,8 @@ def table(comparison: Comparison, trials: Trials) -> str:
     """One row for each method that is ranked, the lowest loss first."""
     rows = [HEAD, ("---",) * len(HEAD)]
     ranked = [standing for standing in comparison.standings if standing.finals]
+    if not ranked:
+        return f"{title(comparison)}: nothing is ranked yet"
     usual = next((_step_seconds(standing) for standing in ranked if standing.method == BASELINE), None)
     for standing in ranked:
         losses = [found.loss for found in standing.finals]
