@@ -66,6 +66,36 @@ def compare_training(
     compare(Asked(workload, mode, peers or ["loop"], rounds, documents, keys or [], keep_memory, apart), to)
 
 
+@app.command("optimizers")
+def compare_optimizers(
+    workload: Annotated[
+        str | None, typer.Option(metavar="WORKLOAD", help="text (a small model from scratch), or a model's folder.")
+    ] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", metavar="NAME", help="Only this method; may be repeated.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens of a run.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0, metavar="H", help="Begin no run after so many hours; 0 only plans.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep every run there, as a line of JSON.")] = None,
+    tables: Annotated[
+        list[Path] | None, typer.Option("--table", metavar="FILE", help="Only show what FILE has; may be repeated.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Also draw it.")] = None,
+) -> None:
+    """Compare optimizers, each tuned until no change helps, by the tokens that tuned AdamW would need.
+
+    Hours of work: what FILE has is not run again, so the same command goes on where it was stopped.
+    """
+    from truetune.bench.optimizers import Asked, optimize, show
+
+    if tables:
+        show(tables, methods or [], picture, idle=any(x is not None for x in (workload, tokens, hours, to)))
+    else:
+        optimize(Asked(workload or "text", methods or [], tokens, hours, to), picture)
+
+
 @app.command("table")
 def show_table(
     results: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What bench training wrote.")],
@@ -79,7 +109,7 @@ def show_table(
     for sentence in (sentence for result in found for sentence in noisy(result)):
         typer.echo(f"note: {sentence}")
     if picture:
-        from truetune.bench.picture import draw
+        from truetune.bench.picture import draw, speeds
 
-        draw(found, picture)
+        draw([speeds(result) for result in found], picture)
         typer.echo(f"picture: {picture}")

@@ -1,0 +1,140 @@
+"""The order of a fair comparison: noise, the search of each method, its ranking on fresh seeds, and AdamW's curve.
+
+The protocol is that of Wen et al. 2025 (arXiv 2509.02046), phase 1, at one size of model: every hyper-parameter of
+every method is tuned, methods meet only at the end of training, and a loss is told in tokens that tuned AdamW would
+need for it. ``ask`` gives the outcome of a trial, or raises Left: the same pass runs a comparison, goes on with one
+that was cut off, and reads one for its table.
+
+Noise is the standard deviation of AdamW's held-out loss at its start over the seeds of the ranking; no change of a
+hyper-parameter that helps by less counts. A search sees one seed only, so its runs differ in nothing but the change,
+and the ranking has none of the seeds that it saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
+
+from truetune.bench.optimizers.curve import Curve, Speedup, fit
+from truetune.bench.optimizers.descent import Axis, descend
+from truetune.bench.optimizers.methods import BASELINE, METHODS, axes, options, start
+from truetune.bench.optimizers.trial import Left, Outcome, Setting, Trial
+from truetune.errors import UserError
+
+TUNING, SEEDS = 0, (1, 2, 3)
+"""The seed of the searches, and those of the ranking."""
+BUDGETS = (0.5, 1.0, 2.0, 4.0)
+"""Lengths of the runs that AdamW's curve is through; at each its rate is tuned anew."""
+
+Ask = Callable[[Trial], Outcome]
+Runs = Callable[..., Outcome]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a method is. values: of its hyper-parameters, as tuned; edges: those that ended at an edge of the grid.
+    finals: outcomes of ``SEEDS``, all or none. left: what is still to be done, None where nothing is."""
+
+    method: str
+    left: str | None
+    values: dict[str, float] = field(default_factory=dict)
+    edges: tuple[str, ...] = ()
+    finals: tuple[Outcome, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Mean over the seeds; infinite before there is one."""
+        return fmean(found.loss for found in self.finals) if self.finals else math.inf
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """standings: from the least loss on, those that have none last. tolerance, curve: None before their trials were
+    run."""
+
+    setting: Setting
+    standings: tuple[Standing, ...]
+    tolerance: float | None = None
+    curve: Curve | None = None
+
+    def speedups(self, standing: Standing) -> list[Speedup]:
+        """Of the mean loss, and of each seed's, from the least on; none without a curve or a ranking."""
+        if self.curve is None or not standing.finals:
+            return []
+        each = sorted(self.curve.speedup(found.loss, self.setting.tokens) for found in standing.finals)
+        return [self.curve.speedup(standing.loss, self.setting.tokens), *each]
+
+
+def compare(setting: Setting, methods: Sequence[str], ask: Ask) -> Comparison:
+    """What ``ask`` gives of it. Raises UserError where AdamW's start is no measure of noise."""
+    names = sorted(methods, key=lambda name: name != BASELINE)  # whose curve the others are measured by
+    try:
+        tolerance = noise(setting, ask)
+    except Left:
+        return Comparison(setting, tuple(Standing(name, "not begun") for name in names))
+    standings, curve = [], None
+    for name in names:
+        standing = _standing(name, runs(setting, name, ask), axes(name, setting.full), tolerance)
+        if name == BASELINE and standing.finals:
+            try:
+                curve = _curve(setting, standing, runs(setting, name, ask), tolerance)
+            except Left:
+                standing = replace(standing, left="ranked, but its curve lacks runs")
+            except UserError as error:
+                standing = replace(standing, left=str(error))
+        standings.append(standing)
+    return Comparison(setting, tuple(sorted(standings, key=lambda s: (not s.finals, s.loss))), tolerance, curve)
+
+
+def runs(setting: Setting, name: str, ask: Ask) -> Runs:
+    """The trials of a method: what ``ask`` gives for a point of its grid, a seed and a budget."""
+
+    def run(values: dict[str, float], seed: int, budget: float = 1.0) -> Outcome:
+        return ask(Trial(setting, options(name, values, setting.rank), METHODS[name].falls, seed, budget))
+
+    return run
+
+
+def noise(setting: Setting, ask: Ask) -> float:
+    """Standard deviation, over ``SEEDS``, of AdamW's loss at its start. Raises UserError if it fails there."""
+    run = runs(setting, BASELINE, ask)
+    found = [run(start(BASELINE, setting.full), seed) for seed in SEEDS]
+    if failed := next((outcome for outcome in found if not math.isfinite(outcome.loss)), None):
+        raise UserError(f"AdamW fails at its start ({failed.failed}), so noise can't be had; choose another workload")
+    return stdev(outcome.loss for outcome in found)
+
+
+def least(setting: Setting, methods: Sequence[str]) -> float:
+    """Cost, in runs of budget 1, if every start proves to be the end of its search; one that moves takes more."""
+    searches = sum(1 + 2 * len(axes(name, setting.full)) + len(SEEDS) for name in methods)
+    curve = sum(budget * (3 + len(SEEDS)) for budget in BUDGETS if budget != 1)
+    return len(SEEDS) + searches + curve * (BASELINE in methods)
+
+
+def _standing(name: str, run: Runs, along: Sequence[Axis], tolerance: float) -> Standing:
+    try:
+        found = descend(along, lambda values: run(values, TUNING).loss, tolerance)
+    except Left:
+        return Standing(name, "not tuned to its end")
+    try:
+        finals = tuple(run(found.values, seed) for seed in SEEDS)
+    except Left:
+        return Standing(name, "tuned, but not run on all seeds", found.values, found.edges)
+    return Standing(name, None, found.values, found.edges, finals)
+
+
+def _curve(setting: Setting, standing: Standing, run: Runs, tolerance: float) -> Curve:
+    """Through the tuned method's runs of all lengths. Raises Left, and UserError where no curve fits."""
+    rate = next(axis for axis in axes(standing.method, setting.full) if axis.name == "rate")
+    rate = rate._replace(start=rate.values.index(standing.values["rate"]), coarse=1)
+    points = [(1.0, found.loss) for found in standing.finals]
+    for budget in (budget for budget in BUDGETS if budget != 1):
+
+        def loss(values: dict[str, float], budget: float = budget) -> float:
+            return run(standing.values | values, TUNING, budget).loss
+
+        values = standing.values | descend([rate], loss, tolerance).values
+        points += [(budget, run(values, seed, budget).loss) for seed in SEEDS]
+    return fit([budget * setting.tokens for budget, _ in points], [found for _, found in points])
