@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar, nnls
 
 from truetune.errors import UserError
 
 ALPHA = (0.02, 4.0)
 """Between which the exponent is searched for."""
+ROUNDS = 8
+"""Grids, each within two neighbours of the last."""
 LENGTHS = 3
 """That a curve of three unknowns needs, at least."""
 
@@ -66,18 +67,23 @@ def fit(tokens: Sequence[float], losses: Sequence[float]) -> Curve:
         raise UserError("a tuned run of AdamW failed, so no curve goes through its losses; give the runs other tokens")
     t, wanted = np.asarray(tokens, float) / min(tokens), np.asarray(losses, float)
 
-    def solved(alpha: float) -> tuple[np.ndarray, float]:
-        found, left = nnls(np.stack([np.ones_like(t), t**-alpha], axis=1), wanted)
-        return found, float(left)
+    def solved(alpha: float) -> tuple[float, float, float]:
+        """E and A, neither below 0, and what they leave."""
+        falling = t**-alpha
+        floor, scale = np.linalg.lstsq(np.stack([np.ones_like(t), falling], axis=1), wanted)[0]
+        if floor < 0:
+            floor, scale = 0.0, falling @ wanted / (falling @ falling)
+        if scale < 0:
+            floor, scale = wanted.mean(), 0.0
+        return float(floor), float(scale), float(np.linalg.norm(floor + scale * falling - wanted))
 
-    def left(log_alpha: float) -> float:
-        return solved(math.exp(log_alpha))[1]
-
-    grid = np.log(np.geomspace(*ALPHA, 60))  # the sum of squares need not have one valley alone
-    near = int(np.argmin([left(x) for x in grid]))
-    bounds = (grid[max(near - 1, 0)], grid[min(near + 1, len(grid) - 1)])
-    alpha = math.exp(minimize_scalar(left, bounds=bounds, method="bounded", options={"xatol": 1e-10}).x)
-    (floor, scale), residual = solved(alpha)
+    low, high = ALPHA
+    for _ in range(ROUNDS):  # from a grid, since the sum of squares need not have one valley alone
+        grid = np.geomspace(low, high, 60)
+        near = int(np.argmin([solved(alpha)[2] for alpha in grid]))
+        low, high = grid[max(near - 1, 0)], grid[min(near + 1, len(grid) - 1)]
+    alpha = float(grid[near])
+    floor, scale, residual = solved(alpha)
     if not scale > 0:
         raise UserError("AdamW's loss does not fall with the tokens, so no curve fits it; give the runs more tokens")
-    return Curve(float(floor), float(scale), alpha, min(tokens), max(tokens), residual / math.sqrt(len(t)))
+    return Curve(floor, scale, alpha, min(tokens), max(tokens), residual / math.sqrt(len(t)))
