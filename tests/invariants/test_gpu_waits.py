@@ -179,6 +179,24 @@ def test_reading_one_step_late_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_step_that_fails_loses_no_record_of_the_one_before(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
+    trainer = without_a_wait(monkeypatch, ahead)
+    take = trainer._take
+
+    def fails_later() -> Any:
+        if trainer.step == 3:
+            raise RuntimeError("out of memory")
+        return take()
+
+    monkeypatch.setattr(trainer, "_take", fails_later)
+    seen = []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for record in trainer.steps():
+            seen += [record.step] if isinstance(record, Step) else []
+    assert seen == [1, 2, 3]
+
+
 def test_from_a_step_that_found_no_number_on_the_weights_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken, kept = 4, []
     for ahead in (True, False):

@@ -132,10 +132,8 @@ class Trainer:
         while self.step < len(self.stream) and not self.stop:
             try:
                 taken = self._take()
-            except Exception:
-                yield from self._known()  # of the step before, which moved the weights
-                raise
-            yield from self._known()
+            finally:  # whatever it raises: the step before has moved the weights
+                yield from self._known()
             self._unread = taken
             if not self._runs_ahead:
                 yield from self._known()
