@@ -39,8 +39,7 @@ from safetensors.torch import load_file, save_file
 from truetune import run
 from truetune.assembly import STEP_TEXT, TEXTS, Job, disk_need
 from truetune.models.export import Export
-from truetune.training import patience
-from truetune.training import trainer as training
+from truetune.training import failure, patience
 from truetune.training.checkpoint import Checkpoints
 from truetune.training.record import Record, Saved
 
@@ -362,7 +361,7 @@ def test_a_failure_is_told_also_where_its_bundle_cannot_be_written(
 
     def harm() -> None:
         in_trained(jobs[0], float("nan"))
-        monkeypatch.setattr(training, "save_file", refused)
+        monkeypatch.setattr(failure, "save_file", refused)
 
     def refused(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")

@@ -35,8 +35,8 @@ SHAPES = {file.stem: file for file in sorted((Path(__file__).parent / "shapes").
 DOCUMENTS = {"small": 16, "medium": 4}
 """Documents of a step; of any other model 16."""
 RANK, ALPHA, RATE, CLIP, LONGEST, SEED = 16, 32, 1e-4, 1.0, 1024, 0
-KEYS = ("model.precision", "optimizer.rate", "train.tokens_per_micro_batch")
-"""Of the recipe, that may be chosen: the first two hold for all sides, the last says how ours is computed."""
+KEYS = ("model.precision", "optimizer.rate", "train.clip", "train.tokens_per_micro_batch")
+"""Of the recipe, that may be chosen: all but the last hold for all sides, and that says how ours is computed."""
 MEDIAN, SPREAD, SHORTEST = 141.0, 0.7, 16
 """Of the lognormal: exp of its mean, its standard deviation, and its least length."""
 
@@ -97,7 +97,7 @@ def prepare(
         "adapter": str(adapter) if lora else None,
         "compute": "fp32" if dtype == torch.float32 else "bf16",
         "rate": recipe.optimizer.rate,
-        "clip": CLIP,
+        "clip": recipe.train.clip,
         "longest": LONGEST,
         "documents": per_step,
         "threads": torch.get_num_threads(),

@@ -38,6 +38,7 @@ __all__ = [
     "parameter_groups",
     "set_rate",
     "state_bytes",
+    "steps_apart",
     "take_averages",
     "take_step",
 ]
@@ -79,6 +80,11 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set the rate of every group to ``factor`` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
+
+
+def steps_apart(optimizer: torch.optim.Optimizer) -> bool:
+    """``Rule.steps_apart`` of any optimizer; torch's AdamW does."""
+    return type(optimizer) is torch.optim.AdamW or getattr(optimizer, "steps_apart", False)
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:

@@ -27,6 +27,7 @@ class Around(Rule):
     """
 
     own: ClassVar[str]
+    steps_apart = False
 
     def __init__(self, inner: Optimizer) -> None:
         Optimizer.__init__(self, inner.param_groups, {})

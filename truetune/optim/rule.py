@@ -90,6 +90,11 @@ class Rule(Optimizer):
     def prepare(self) -> None:
         """What all parameters decide together, before any is updated; ``self.shared`` keeps it."""
 
+    @property
+    def steps_apart(self) -> bool:
+        """Whether each parameter moves by its own gradient alone, so that they may step one after the other."""
+        return type(self).prepare is Rule.prepare
+
     def averages(self) -> dict[Tensor, Tensor]:
         """Parameter -> the weights to evaluate and to keep in its place; none where the parameters are those."""
         return {}

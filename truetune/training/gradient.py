@@ -22,7 +22,7 @@ _PIECE = 1 << 20
 
 
 class NonFinite(UserError):
-    """Loss or gradient is NaN or infinite; no weight has been touched."""
+    """Loss or gradient is NaN or infinite; it has reached no weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +71,25 @@ def l1_of(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.stack(pieces).double().sum() if pieces else torch.zeros((), dtype=torch.float64)
 
 
+def norms_of(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """``norm_of`` and ``l1_of``."""
+    return norm_of(parameters), l1_of(parameters)
+
+
 def clip(parameters: Iterable[nn.Parameter], limit: float | None, norm: Tensor) -> None:
     """Scale all gradients down so that their norm, which is ``norm``, is at most ``limit``."""
     if limit is not None:
         nn.utils.clip_grads_with_norm_(list(parameters), limit, norm)
 
 
-def require_finite(loss: float, norm: float, step: int) -> None:
-    """Raise NonFinite unless both figures are numbers."""
+def require_finite(loss: float, norm: float, step: int, by_parts: bool = False) -> None:
+    """Raise NonFinite unless both figures are numbers; by_parts: whether weights moved before all of it was known."""
+    stands = "no weight was changed"
+    if by_parts:
+        stands = "weights that came before it have moved, so go on from a checkpoint"
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not abs(value) < float("inf"):
-            raise NonFinite(f"the {name} of step {step} is {value}; no weight was changed")
+            raise NonFinite(f"the {name} of step {step} is {value}; {stands}")
 
 
 def not_finite(loss: Tensor, norm: Tensor, before: Tensor | None) -> Tensor:

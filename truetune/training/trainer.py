@@ -11,7 +11,6 @@ the GPU always has work; should it be no number, the GPU itself leaves the weigh
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,8 +21,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from truetune.data.batch import Batch, Document
@@ -32,15 +30,17 @@ from truetune.data.stream import Stream
 from truetune.devices import Figures, peak_memory
 from truetune.errors import UserError
 from truetune.kernels.native.memory import release_memory
+from truetune.kernels.op import is_on
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
-from truetune.optim import AROUND, SHARED, averaged, averages, set_rate, take_averages, take_step
+from truetune.optim import AROUND, SHARED, averaged, averages, set_rate, steps_apart, take_averages, take_step
 from truetune.schedules import Schedule, ends_of
-from truetune.training.checkpoint import Checkpoints, atomic_folder
+from truetune.training.checkpoint import Checkpoints
 from truetune.training.evaluate import Evaluator, Sampler
-from truetune.training.gradient import NonFinite, accumulate, clip, l1_of, norm_of, not_finite, require_finite
+from truetune.training.failure import keep_failure, require_finite_state
+from truetune.training.gradient import NonFinite, accumulate, clip, norms_of, not_finite, require_finite
 from truetune.training.integrity import Fingerprint, fingerprints, integrity
-from truetune.training.patience import patiently
+from truetune.training.parts import PART, by_parts
 from truetune.training.record import BEST_LOST, Alarm, Checks, Evaluation, Record, Samples, Saved, Step, Verdict
 
 Found = TypeVar("Found")
@@ -57,7 +57,8 @@ class Halted(BaseException):
 @dataclass(frozen=True)
 class Taken:
     """A step that the device was given. figures: loss with the router loss, router loss (0 without), L2 and L1 norm of
-    the gradient; furthest: rate and planned rate of the group that is furthest from its plan."""
+    the gradient; by_parts: whether weights moved within the backward pass; furthest: rate and planned rate of the group
+    that is furthest from its plan."""
 
     step: int
     started: float
@@ -65,6 +66,7 @@ class Taken:
     batches: list[Batch]
     figures: Figures
     router: bool
+    by_parts: bool
     furthest: tuple[float, float] = (0.0, 0.0)
 
 
@@ -221,39 +223,81 @@ class Trainer:
         batches = self.batches(self.step)
         parameters = list(self.model.trainable().values())
         self.model.train()
-        means = accumulate(self.model, self.objective, batches)
-        if self.step == 0:
-            grads = {n: p.grad for n, p in self.model.trainable().items() if p.grad is not None}
-            self._flat = {name: ~g.any() for name, g in grads.items()}
-        norm = norm_of(parameters)
-        router = torch.zeros_like(means.total) if means.router is None else means.router
-        found = (means.total, router, norm, l1_of(parameters))
-        figures = Figures(torch.stack([figure.to(router.device) for figure in found]))  # without gradients on the host
         factor = self.schedule(self.step)
         set_rate(self.optimizer, factor)
-        taken = Taken(self.step, started, random_state, batches, figures, means.router is not None)
+        norms: list[tuple[Tensor, Tensor]] = []
+        if apart := self._moves_by_parts(batches):
+            with by_parts(parameters, lambda part: norms.append(self._move_part(part))):
+                means = accumulate(self.model, self.objective, batches)
+        else:
+            means = accumulate(self.model, self.objective, batches)
+            norms.append(self._look(parameters))
+        router = torch.zeros_like(means.total) if means.router is None else means.router
+        l2, l1 = (torch.stack(each) for each in zip(*norms, strict=True))
+        norm = l2[0] if len(l2) == 1 else torch.linalg.vector_norm(l2)
+        found = (means.total, router, norm, l1.sum())
+        figures = Figures(torch.stack([figure.to(router.device) for figure in found]))  # without gradients on the host
+        taken = Taken(self.step, started, random_state, batches, figures, means.router is not None, apart)
         if not self._runs_ahead:
             self._require_finite(taken)
-        clip(parameters, self.clip, norm)
-        if self._runs_ahead:
-            self._held = not_finite(means.total, norm, self._held)
-            self.optimizer.found_inf = self._held  # type: ignore[attr-defined]
-        take_step(self.optimizer, means.total)
-        if self._runs_ahead:
-            del self.optimizer.found_inf  # type: ignore[attr-defined]
-        self.model.zero_grad(set_to_none=True)
+        if not apart:
+            clip(parameters, self.clip, norm)
+            if self._runs_ahead:
+                self._held = not_finite(means.total, norm, self._held)
+            self._move(partial(take_step, self.optimizer, means.total))
+            self.model.zero_grad(set_to_none=True)
         self.step += 1
         furthest = max(self.optimizer.param_groups, key=lambda g: (abs(g["lr"] - factor * g["peak"]), g["peak"]))
         return replace(taken, furthest=(furthest["lr"], factor * furthest["peak"]))
 
+    def _moves_by_parts(self, batches: Sequence[Batch]) -> bool:
+        """Whether weights move within the backward pass: where they may, and there is more than one part."""
+        may = len(batches) == 1 and self.clip is None and steps_apart(self.optimizer) and is_on("step_by_parts")
+        return may and sum(p.nbytes for p in self.model.trainable().values()) > PART
+
+    def _move_part(self, part: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """Norms of a part of the gradient, along which weights have moved, unless it or one before is no number."""
+        l2, l1 = self._look(part)
+        self._held = not_finite(l2, l2, self._held)
+        if self._runs_ahead or not self._held:
+            self._move(self.optimizer.step)
+        self.model.zero_grad(set_to_none=True)
+        return l2, l1
+
+    def _look(self, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """L2 and L1 norm of their gradients; at the first step, also which of them are all zero."""
+        if self.step == 0:
+            seen = {n: p.grad for n, p in self.model.trainable().items() if p.grad is not None}
+            self._flat |= {name: ~g.any() for name, g in seen.items()}
+        return norms_of(parameters)
+
+    def _move(self, step: Callable[[], object]) -> None:
+        """Take the optimizer's ``step``, which a GPU that runs ahead leaves out where ``_held`` says so."""
+        if self._runs_ahead:
+            self.optimizer.found_inf = self._held  # type: ignore[attr-defined]
+        step()
+        if self._runs_ahead:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+
     def _require_finite(self, taken: Taken) -> None:
-        """Raise NonFinite, with the weights as they were before the step, if it found what is no number."""
+        """Raise NonFinite if the step found what is no number: with the weights as they were before it, but for those
+        that moved within the backward pass before that was seen."""
         loss, _, l2, _ = taken.figures.read()
         try:
-            require_finite(loss, l2, taken.step + 1)
+            require_finite(loss, l2, taken.step + 1, taken.by_parts)
         except NonFinite as error:
             self.step, self._held = taken.step, None
-            raise NonFinite(f"{error}; {self._bundle(taken.batches, loss, l2, taken.random_state)}") from None
+            raise NonFinite(f"{error}; {self._keep_failure(taken, loss, l2)}") from None
+
+    def _keep_failure(self, taken: Taken, loss: float, norm: float) -> str:
+        """Leave what is needed to see the failure again; the sentence that says where."""
+        if not self.failures:
+            return "lower the rate, or look at the documents of the step"
+        rows = [self.documents[i].row for i in self.stream.step(self.step)]
+        facts = {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}
+        before = self.state() if self.checkpoints and not taken.by_parts else None
+        self.model.zero_grad(set_to_none=True)
+        return keep_failure(self.failures, self.step, taken.batches, taken.random_state, facts, before)
 
     def _known(self) -> Iterator[Step]:
         """The record of the step that was not read yet, if there is one. Raises NonFinite."""
@@ -338,7 +382,7 @@ class Trainer:
         yield from self._known()
         if self.checkpoints:
             tensors, state = self.state()
-            _require_finite(tensors, self.step)
+            require_finite_state(tensors, self.step)
             spare = {*ends_of(self.schedule), *([self.best.step] if self.best and self.keep_best else ())}
             yield Saved(self.step, str(self.checkpoints.save(self.step, tensors, state, spare)), reason)
         self._saved = time.monotonic()
@@ -402,47 +446,3 @@ class Trainer:
             if p.shape != weights[name].shape:
                 raise UserError(f"{name} has another shape in the checkpoint; resume with its recipe")
             p.copy_(weights[name])
-
-    def _bundle(self, batches: list[Batch], loss: float, norm: float, random_state: Tensor) -> str:
-        """Leave what is needed to see the failure again; the sentence that says where."""
-        if not self.failures:
-            return "lower the rate, or look at the documents of the step"
-        folder = self.failures / f"failure-step-{self.step + 1}"
-        tensors = {"random": random_state}
-        for i, b in enumerate(batches):
-            tensors |= {
-                f"{i}/tokens": b.tokens,
-                f"{i}/labels": b.labels,
-                f"{i}/lengths": torch.tensor(b.lengths),
-            }
-            if b.weights is not None:
-                tensors[f"{i}/weights"] = b.weights
-            if b.shared is not None:
-                tensors[f"{i}/shared_rows"] = torch.from_numpy(b.shared.rows)
-                tensors[f"{i}/shared_lengths"] = torch.tensor(b.shared.lengths)
-                tensors[f"{i}/shared_times"] = torch.from_numpy(b.shared.times)
-        rows = [self.documents[i].row for i in self.stream.step(self.step)]
-        facts = {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "rows": rows}
-        weights, state = self.state()
-        self.model.zero_grad(set_to_none=True)
-
-        def write() -> None:
-            with atomic_folder(folder) as scratch:
-                save_file(tensors, scratch / "batch.safetensors")
-                (scratch / "step.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-                if self.checkpoints:
-                    Checkpoints(scratch, keep=1).save(self.step, weights, state)
-
-        try:
-            patiently(write, folder)
-        except OSError as error:
-            return f"what shows it again could not be written to {folder} ({error.strerror}); lower the rate"
-        return f"batch, random state and weights are in {folder}; lower the rate, or look at these rows"
-
-
-def _require_finite(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
-    """Raise NonFinite if a checkpoint would hold what is no number: it would take the place of a good one."""
-    for kind in ("weights", "optimizer"):
-        for name, tensor in tensors[kind].items():
-            if not torch.isfinite(tensor).all():
-                raise NonFinite(f"{name} is not finite after step {step}, so it was not saved; lower the rate")

@@ -127,7 +127,8 @@ def main() -> None:
                 loss = chunked_cross_entropy(logits, labels[..., 1:]) * count / sum(counts)
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(parameters, side.job["clip"])
+        if side.job["clip"] is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, side.job["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         side.done(total, sum(len(row.ids) for row in rows), sum(counts))

@@ -70,7 +70,8 @@ def main() -> None:
         side.begin()
         targets = sum(int((row.labels[1:] != IGNORE).sum()) for row in rows)
         loss = sum(backward(batch, targets) for batch in batches(rows))
-        torch.nn.utils.clip_grad_norm_(parameters, side.job["clip"])
+        if side.job["clip"] is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, side.job["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         side.done(loss, sum(len(row.ids) for row in rows), targets)

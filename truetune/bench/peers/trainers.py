@@ -79,7 +79,7 @@ def main() -> None:
         "max_steps": len(side.steps),
         "learning_rate": side.job["rate"],
         "lr_scheduler_type": "constant",
-        "max_grad_norm": side.job["clip"],
+        "max_grad_norm": side.job["clip"] or 0.0,  # which turns it off
         "weight_decay": 0.0,
         "bf16": side.autocast,
         "gradient_checkpointing": False,
