@@ -98,6 +98,22 @@ def test_a_zero_adapter_is_the_base_and_moves_b_first() -> None:
     assert not a.grad.any() and b.grad.any()
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("op", [lora_linear, lora_linear.reference, formula], ids=["fused", "reference", "formula"])
+def test_what_a_young_adapter_adds_is_not_rounded_away(op: Callable[..., Tensor], bias: bool) -> None:
+    """A tenth of the step of bf16 is there in the mean over many outputs. Two roundings lose nearly all of it."""
+    x, weight, offset, a, b = inputs((2048,), (128, 128, 4), torch.bfloat16, torch.float32, bias)
+    b.data.fill_(1.0)  # every output has the same size of base, and of what is added
+    exact = [None if t is None else t.detach().double() for t in (x, weight, offset, a, b)]
+    size = float(formula(*exact, 0.0).abs().mean())
+    added = formula(*exact, 1.0) - formula(*exact, 0.0)
+    scaling = 0.1 * torch.finfo(torch.bfloat16).eps * size / float(added.abs().mean())
+    with torch.no_grad():
+        found = (op(x, weight, offset, a, b, scaling) - op(x, weight, offset, a, b, 0.0)).double()
+    share = float((found * added).sum() / (scaling * added.square().sum()))
+    assert share < 0.7 if op is formula else share == pytest.approx(1.0, abs=0.1)
+
+
 @pytest.mark.parametrize("trained", [1, 2], ids=["weight", "bias"])
 @pytest.mark.parametrize("op", [lora_linear, lora_linear.reference], ids=["fused", "reference"])
 def test_a_trained_base_is_refused(op: Callable[..., Tensor], trained: int) -> None:

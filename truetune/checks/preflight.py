@@ -273,7 +273,7 @@ def _mine(
 ) -> tuple[float, list[Tensor | None]]:
     trainer.model.zero_grad(set_to_none=True)
     loss = float(accumulate(model, trainer.objective, [Batch.of(pack, model.device, shares)]))
-    return loss, [None if p.grad is None else p.grad.clone() for p in model.trainable().values()]
+    return loss, [p.grad for p in model.trainable().values()]  # the next one gets tensors of its own
 
 
 def off(loss: float, truth: float) -> float:

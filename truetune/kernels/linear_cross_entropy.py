@@ -73,9 +73,12 @@ def linear_cross_entropy(
     forward.
     Raises ValueError if the dtypes differ outside autocast.
     """
-    logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
-    if low_NR is not None and up_VR is not None:
-        logits_NV = logits_NV + F.linear(low_NR.to(logits_NV.dtype), up_VR.to(logits_NV.dtype))
+    if low_NR is None or up_VR is None:
+        logits_NV = F.linear(hidden_ND, weight_VD, bias_V)
+    else:  # rounded once, as in ``lora_linear``
+        dtype = compute_dtype(hidden_ND, weight_VD)
+        logits_NV = torch.addmm(F.linear(low_NR.to(dtype), up_VR.to(dtype)), hidden_ND, weight_VD.T)
+        logits_NV = logits_NV if bias_V is None else logits_NV + bias_V.to(dtype)
     logits_NV = logits_NV.to(statistics_dtype(logits_NV.dtype)) * scale
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
@@ -226,9 +229,11 @@ class _Sweep:
         """Fill losses_C and correct_C; the gradient of the summed loss by h W^T + b, in the products' dtype, if wanted.
 
         It stands in the buffer of the logits."""
-        logits_CV = torch.mm(hidden_CD, self.weight_VD.T, out=self.logits_CV[: len(hidden_CD)])
+        logits_CV = self.logits_CV[: len(hidden_CD)]
         if low_CR is not None and self.up_VR is not None:
-            logits_CV.addmm_(low_CR, self.up_VR.T)
+            torch.mm(low_CR, self.up_VR.T, out=logits_CV).addmm_(hidden_CD, self.weight_VD.T)
+        else:
+            torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
         if self.compiled:
             shape = (self.scale, self.softcap or 0.0)
             cross_entropy.in_place(logits_CV, labels_C, weights_C, losses_C, correct_C, *shape, wanted)

@@ -7,6 +7,9 @@ LoRA: Hu et al. 2021, arXiv 2106.09685. The two products of size [T, O] and [T, 
 added in place, and only x and the small x A^T are saved. Layers that read the same x do so together: one copy of x in
 the products' dtype, one product for all A, one sum for dx. Left out: adapter dropout, DoRA, a trained base.
 
+The sum is rounded once. A base product that is already in bf16 lies on its grid, and what a young adapter adds to it,
+less than half a step of that, would be rounded away in every token alike.
+
 Shape suffixes: T rows of x, I inputs, O outputs, R rank of the adapter, S ranks of all layers.
 """
 
@@ -48,7 +51,9 @@ def lora_linear(
     _require_frozen(weight_OI, bias_O)
     dtype = compute_dtype(x, weight_OI)
     low = F.linear(x, a_RI.to(dtype))
-    return F.linear(x, weight_OI, bias_O) + scaling * F.linear(low, b_OR.to(dtype))
+    added = F.linear(low, (b_OR * scaling).to(dtype))
+    y = torch.addmm(added.flatten(0, -2), x.flatten(0, -2), weight_OI.T).view_as(added)
+    return y if bias_O is None else y + bias_O.to(dtype)
 
 
 @lora_linear.on("cpu", "cuda")
@@ -68,8 +73,9 @@ def _together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 
 
 def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_TR: Tensor, up_OR: Tensor) -> Tensor:
-    """x W^T + bias + low up^T."""
-    return F.linear(x_TI, weight_OI, bias_O).addmm_(low_TR, up_OR.T)
+    """low up^T + x W^T, rounded once, + bias."""
+    y_TO = (low_TR @ up_OR.T).addmm_(x_TI, weight_OI.T)
+    return y_TO if bias_O is None else y_TO.add_(bias_O)
 
 
 def through(

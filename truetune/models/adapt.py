@@ -40,8 +40,27 @@ START = "start"
 """Name of the frozen adapter that holds where PiSSA began; its scaling is negative."""
 
 
-class FusedLoraLinear(PeftLoraLinear):
-    """PEFT's LoRA layer with base and adapter computed together; anything unusual goes PEFT's way.
+class PlainLoraLinear(PeftLoraLinear):
+    """PEFT's LoRA layer computed by the reference, in whose sum nothing is rounded before the adapter's part is in it;
+    anything unusual goes PEFT's way."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self.adapts or type(self.base_layer) is not nn.Linear:
+            return super().forward(x, *args, **kwargs)
+        return lora_linear.reference(x, *self.parts)
+
+    @property
+    def adapts(self) -> bool:
+        return bool(self.active_adapters) and not self.disable_adapters and not self.merged
+
+    @property
+    def parts(self) -> Layer:
+        base = cast(nn.Linear, self.base_layer)
+        return Layer(base.weight, base.bias, *factors(self))
+
+
+class FusedLoraLinear(PlainLoraLinear):
+    """The same with base and adapter computed together.
 
     packed: the weight in a few bits, where ``models.base`` put it, and ``whole`` where and in what dtype it is computed
     with otherwise; a copy in float64 is computed with the weight itself.
@@ -59,15 +78,6 @@ class FusedLoraLinear(PeftLoraLinear):
         if self.packed is not None:
             return _compute(x, [self])[0]
         return lora_linear(x, *self.parts)
-
-    @property
-    def adapts(self) -> bool:
-        return bool(self.active_adapters) and not self.disable_adapters and not self.merged
-
-    @property
-    def parts(self) -> Layer:
-        base = cast(nn.Linear, self.base_layer)
-        return Layer(base.weight, base.bias, *factors(self))
 
 
 def _compute(x: Tensor, layers: Sequence[FusedLoraLinear]) -> tuple[Tensor, ...]:
@@ -102,14 +112,15 @@ def fuse(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """LoRA layers computed by PEFT itself, for a while: the reference of the checks."""
-    for module in model.modules():
-        if type(module) is FusedLoraLinear:
-            module.__class__ = PeftLoraLinear  # type: ignore[assignment]
+    """LoRA layers computed by plain code, for a while: the reference of the checks."""
+    fused: list[nn.Module] = [module for module in model.modules() if type(module) is FusedLoraLinear]
+    for module in fused:
+        module.__class__ = PlainLoraLinear
     try:
         yield
     finally:
-        fuse(model)
+        for module in fused:
+            module.__class__ = FusedLoraLinear
 
 
 def _is_plain(layer: PeftLoraLinear) -> bool:

@@ -19,7 +19,7 @@ from truetune.errors import UserError
 from truetune.kernels.bases import BASES, Packed
 from truetune.kernels.lora_linear import Layer
 from truetune.kernels.native.memory import release_memory
-from truetune.models.adapt import FusedLoraLinear, fuse
+from truetune.models.adapt import FusedLoraLinear
 
 
 def require_able(base: str, device: torch.device) -> None:
@@ -88,7 +88,6 @@ def reference_base(model: nn.Module) -> Iterator[None]:
         for base in bases:
             base.__class__ = nn.Linear
             del base.base
-        fuse(model)  # which ``unfused`` could not, over layers of another class
 
 
 def judged_base(model: nn.Module) -> contextlib.AbstractContextManager[None]:
