@@ -17,6 +17,7 @@ takes more memory and which the papers compare with, is shown, and not judged.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from common import Comparison, end, language, main, optimizer, report, tuned
@@ -64,7 +65,7 @@ def memory(name: str, width: int, **options: int) -> int:
 
 def widest_within(limit: int) -> int:
     """The width of the largest network whose training under AdamW takes no more bytes than ``limit``."""
-    return max(width for width in range(1, WIDTH + 1) if memory("adamw", width) <= limit)
+    return bisect_right(range(1, WIDTH + 1), limit, key=lambda width: memory("adamw", width))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ from common import Comparison, end, language, main, optimizer, report, tuned
 from truetune.schedules import SCHEDULES, with_warmup
 
 CLAIM = "SOAP and Muon end below AdamW in 5/7 of its steps (arXiv 2409.11321, 2509.02046)"
-STEPS, FEWER = 350, 5 / 7
-FIRST = {"adamw": 0.008, "soap": 0.008, "muon": 0.008}
-"""Where the searches begin."""
+STEPS, FEWER, FIRST = 350, 5 / 7, 0.008
 
 
 def run(seeds: Sequence[int], scale: float) -> str:
@@ -33,12 +31,12 @@ def run(seeds: Sequence[int], scale: float) -> str:
         schedule = with_warmup(SCHEDULES["linear"], steps, 0.1)
         return end(problem, seed, lambda net: optimizer(name, net, rate, rest_rate=rest_rate), schedule, steps)
 
-    rest_rate = tuned(partial(loss, "adamw", steps, None), FIRST["adamw"])
+    rest_rate = tuned(partial(loss, "adamw", steps, None), FIRST)
     adamw = [loss("adamw", steps, None, rest_rate, seed) for seed in seeds]
     judged: list[Comparison] = []
     beside: list[Comparison] = []
     for name in ("soap", "muon"):
-        peak = tuned(partial(loss, name, fewer, rest_rate), FIRST[name])
+        peak = tuned(partial(loss, name, fewer, rest_rate), FIRST)
         for count, comparisons in ((fewer, judged), (steps, beside)):
             losses = [loss(name, count, rest_rate, peak, seed) for seed in seeds]
             comparisons.append(Comparison(f"{name} in {count}, adamw in {steps}", losses, adamw))

@@ -1,10 +1,10 @@
 """WSD-S, one run with a decayed checkpoint at each of several budgets, ends below WSD and cyclic cosine.
 
-Wen et al. 2024, "Understanding warmup-stable-decay learning rates: a river valley loss landscape perspective", arXiv
-2410.05192. All steps count: WSD throws the decay of every earlier budget away, so its run for a budget is shorter by
-them, while WSD-S and cyclic cosine go on from the decayed weights at the peak. A WSD branch is the same run as WSD of
-its length from the start, which is how it is made here. Decays fall to a tenth of the peak, over a tenth of what lies
-between two budgets. Each method has one peak, tuned on its mean loss over the three budgets.
+Wen et al. 2024, "Understanding warmup-stable-decay learning rates: a river valley loss landscape perspective",
+arXiv 2410.05192. All steps count: WSD throws the decay of every earlier budget away, so its run for a budget is
+shorter by them, while WSD-S and cyclic cosine go on from the decayed weights at the peak. A WSD branch is the same run
+as WSD of its length from the start, which is how it is made here. Decays fall to a tenth of the peak, over a tenth of
+what lies between two budgets. Each method has one peak, tuned on its mean loss over the three budgets.
 
 Verdict: ``common`` says how; each budget is a comparison with either, but the first, at which WSD-S and WSD are one.
 """
