@@ -6,7 +6,8 @@ seed by seed. With d the mean of their differences and e its standard error, a c
 d < -3 e and against it where d > 3 e (of five seeds, one in 25 does so by chance). A claim holds if all of its
 comparisons speak for it, does not hold if any speaks against it, and else can't be told at this scale.
 
-Left out: regularisation, and a set of rows for tuning alone. What is compared is how fast the rules optimize.
+Left out: regularisation, rows for tuning alone, and in e what the tuning itself leaves to chance. What is compared is
+how fast the rules optimize.
 """
 
 from __future__ import annotations

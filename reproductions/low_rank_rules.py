@@ -26,8 +26,8 @@ from truetune.optim import state_bytes
 from truetune.schedules import SCHEDULES
 
 CLAIM = "in equal memory GaLore and Fira end below AdamW of full rank (after arXiv 2403.03507 and 2410.01623)"
-STEPS, WIDTH, FIRST = 250, 256, 0.004
-LOW = {"rank": 44, "gap": 50}
+STEPS, WIDTH, FIRST = 120, 256, 0.004
+LOW = {"rank": 44, "gap": 30}
 HIDDEN = ("matrices",)
 
 
