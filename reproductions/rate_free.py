@@ -26,7 +26,7 @@ from truetune.optim import Mechanic
 from truetune.schedules import SCHEDULES
 
 CLAIM = "NadamW, calibrated once for all problems, ends below every learning-rate-free rule (arXiv 2505.24005)"
-STEPS = 200
+STEPS = 80
 DEFAULTS = {"nadamw": 0.002, "dog": 1.0, "dadapt-adam": 1.0, "prodigy": 1.0, "mechanic": 1.0, "momo-adam": 0.01}
 """Rule -> the rate that its authors, or AlgoPerf's baseline, give it. Mechanic is around AdamW."""
 
