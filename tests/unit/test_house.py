@@ -47,7 +47,7 @@ def too_long(texts: Sources) -> Iterator[str]:
 
 
 def test_no_file_and_no_function_is_too_long() -> None:
-    assert not list(too_long(sources("truetune", "tools")))
+    assert not list(too_long(sources("truetune", "tools", "reproductions")))
 
 
 def test_too_long_is_seen() -> None:
@@ -104,7 +104,7 @@ def _name(node: ast.expr) -> str:
 
 
 def test_no_error_is_swallowed_and_no_foreign_code_is_run() -> None:
-    assert not list(unsafe(sources("truetune", "tools")))
+    assert not list(unsafe(sources("truetune", "tools", "reproductions")))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 
 from truetune import registry, versions
 from truetune.errors import UserError
-from truetune.schedules import FALLING, SCHEDULES, Plan, Schedule, ends_of, with_warmup
+from truetune.schedules import FALLING, SCHEDULES, Plan, Schedule, ends_of, refined_from, with_warmup
 from truetune.schedules.falling import cosine, linear
 from truetune.schedules.refined import median, refine
 from truetune.schedules.stable import power, wsd, wsd_s
@@ -325,6 +325,16 @@ def test_refined_takes_the_norm_that_is_asked_for_and_leaves_out_what_is_not_fin
         assert drawn("refined", 4, run=folder, norm=norm) == pytest.approx(expected.tolist(), rel=1e-12)
     folder = str(earlier_run(tmp_path, [2.0, 0.0, 3.0, 1.0]))  # a zero stands for the smallest
     assert drawn("refined", 3, run=folder) == pytest.approx(refine(np.array([2.0, 1, 3, 1]), 1, 0)[:-1].tolist())
+
+
+def test_refined_from_norms_is_refined_from_the_run_that_recorded_them(tmp_path: Path) -> None:
+    norms = [2.0, 5.0, math.nan, 3.0, 0.0, 4.0]
+    folder = str(earlier_run(tmp_path, [n if math.isfinite(n) else None for n in norms]))
+    schedule = refined_from(4, norms, smoothing=0.5)
+    assert [schedule(t) for t in range(4)] == drawn("refined", 4, run=folder, smoothing=0.5)
+    assert [refined_from(4, norms, norm="l2", smoothing=0.5)(t) for t in range(4)] != [schedule(t) for t in range(4)]
+    with pytest.raises(UserError, match="fewer than two of the norms are above 0"):
+        refined_from(4, [1.0, 0.0, math.inf])
 
 
 def test_the_median_is_of_those_around_and_mirrored_at_the_end() -> None:

@@ -24,7 +24,7 @@ from truetune.schedules.falling import (
     step,
     uba,
 )
-from truetune.schedules.refined import refined
+from truetune.schedules.refined import refined, refined_from
 from truetune.schedules.rising import cosine_restarts, one_cycle
 from truetune.schedules.stable import power, wsd, wsd_s
 
@@ -53,4 +53,4 @@ RISING: dict[str, Callable[..., Schedule]] = {
 
 SCHEDULES = FALLING | RISING
 
-__all__ = ["FALLING", "RISING", "SCHEDULES", "Plan", "Schedule", "Staged", "ends_of", "with_warmup"]
+__all__ = ["FALLING", "RISING", "SCHEDULES", "Plan", "Schedule", "Staged", "ends_of", "refined_from", "with_warmup"]

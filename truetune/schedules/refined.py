@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,9 +31,23 @@ def refined(total: int, *, run: Path, norm: Literal["l1", "l2"] = "l1", smoothin
 
     norm: l1 for AdamW and its kin, l2 for SGD. smoothing: width of the median, as a share of the earlier run.
     """
+    return refined_from(total, recorded(run, norm), norm, smoothing)
+
+
+def refined_from(
+    total: int, norms: Sequence[float] | np.ndarray, norm: Literal["l1", "l2"] = "l1", smoothing: float = 0.1
+) -> Schedule:
+    """The same from the norms themselves, one of each step of a run of any length, for loops of one's own.
+
+    Raises UserError for fewer than two norms that are finite and above 0.
+    """
     if not 0 <= smoothing < 1:
         raise UserError(f"schedule.smoothing is {smoothing:g}; choose a share of the earlier run from 0 to below 1")
-    factors = refine(recorded(run, norm), 1 if norm == "l1" else 2, smoothing)
+    finite = np.asarray(norms, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if (finite > 0).sum() < 2:
+        raise UserError("fewer than two of the norms are above 0; give those of a longer run")
+    factors = refine(finite, 1 if norm == "l1" else 2, smoothing)
     places = np.linspace(0, 1, len(factors))
     return sampled(lambda p: float(np.interp(p, places, factors)), total)
 
