@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def attention(
     key_lengths = key_lengths or lengths
     q_THd, k_TKd, v_TKd = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(0, 1) for x in (q_HTd, k_KTd, v_KTd))
     with no_autocast(q_HTd):
-        out_THd: Tensor = varlen_attn(
+        out_THd = varlen_attn(
             *(q_THd, k_TKd, v_TKd),
             *(_bounds(lengths, q_HTd.device), _bounds(key_lengths, q_HTd.device)),
             *(max(lengths), max(key_lengths)),
@@ -61,7 +62,7 @@ def attention(
             window_size=(-1 if window is None else window - 1, 0),  # keys that a query sees before and after its own
             enable_gqa=len(q_HTd) != len(k_KTd),
         )
-    return out_THd.transpose(0, 1)
+    return cast(Tensor, out_THd).transpose(0, 1)
 
 
 @lru_cache(maxsize=8)  # the layers of one forward have one kind
