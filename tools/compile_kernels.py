@@ -41,7 +41,7 @@ TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 SIZES: dict[str, list[dict[str, Any]]] = {
     "rms_norm": [{"width": 896}, *({"width": w, "residual": True} for w in (1024, 4096, 8192))],
-    "rope": [{"head_size": 64}, {"head_size": 256, "interleaved": True}],
+    "rope": [{"head_size": 64, "positioned": False}, {"head_size": 256, "interleaved": True}],
     "packed_attention": [*({"head_size": d} for d in (64, 128, 256)), {"head_size": 96, "window": 99, "softcap": 50.0}],
     "lora_linear": [{"bias": True}],
     "newton_schulz": [{}],

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from truetune.errors import UserError
+from truetune.errors import UserError, shortage
 
 
 class _Commands(TyperGroup):
@@ -27,7 +27,11 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            if what := shortage(error):
+                error = UserError(f"{what}; close other programs, or use a smaller model")
+            if not isinstance(error, UserError):
+                raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
@@ -32,6 +31,7 @@ from truetune.models.export import Export, place_of, writer_of
 from truetune.models.generate import answer
 from truetune.models.load import load
 from truetune.recipe import Recipe
+from truetune.refusals import explained, loading_explained, way_on
 from truetune.training.checkpoint import atomic_folder
 from truetune.training.console import Console
 from truetune.training.gradient import NonFinite
@@ -68,14 +68,15 @@ def train(
     if facts and facts.values.get("status") == "finished":
         raise UserError(f"{folder} is finished, so there is nothing to go on with; start a new run to train further")
     tell = _silent if quiet else _tell_what
-    with ended_by_signals("stopped before the run began, and nothing was written; start it again"):
+    began = "stopped before the run began, and nothing was written; start it again"
+    with ended_by_signals(began), loading_explained(recipe):
         job = assemble(recipe, folder, tell)
         require_space(job, folder)
     if reason := job.trainer.model.route.reason:
         tell("slow", f"documents run one at a time; packed they would not be apart ({reason})")
     for note in (*job.notes, *job.train.notes):
         tell("note", note)
-    with _refusals_explained(folder):
+    with explained(folder, recipe):
         if facts:
             _resume(job, facts)
         else:
@@ -87,7 +88,7 @@ def train(
             _run(job, folder, facts, dry_run, quiet, records)
         except Interrupted as stop:
             _leave(folder, facts, status="interrupted")
-            raise Interrupted(f"{stop}; {_way_on(folder)}") from None
+            raise Interrupted(f"{stop}; {way_on(folder)}") from None
         except BaseException:
             _leave(folder, facts, status="failed", finished=now())
             raise
@@ -132,23 +133,8 @@ def _leave(folder: Path, facts: Facts, **changes: Any) -> None:
         pages.write(folder)
 
 
-@contextmanager
-def _refusals_explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        fault = f"{error.filename or folder}: {error.strerror or error}"
-        raise UserError(f"{fault}; what was saved is intact, so mend the cause; {_way_on(folder)}") from error
-
-
 def _write_page(folder: Path) -> Path:
     return patiently(lambda: pages.write(folder), folder / "report.html")
-
-
-def _way_on(folder: Path) -> str:
-    if not any(folder.glob("checkpoints/step-*")):
-        return "no step was saved yet, so start the run again"
-    return f"go on with: truetune train --resume {shlex.quote(str(folder))}"
 
 
 def anchored(recipe: Recipe) -> Recipe:
@@ -408,7 +394,9 @@ def export(folder: Path, kind: str, to: Path | None = None, step: int | None = N
     facts = _facts_of(folder)
     if to and not _is_free(to):
         raise UserError(f"{to} already holds something; name another folder with --to")
-    job = assemble(spelling.read(str(folder / "recipe.yaml")), folder)
+    recipe = spelling.read(str(folder / "recipe.yaml"))
+    with loading_explained(recipe):
+        job = assemble(recipe, folder)
     require_same_base(facts, job)
     require_same_adapter(facts, job)
     checkpoints = job.trainer.checkpoints
@@ -429,14 +417,14 @@ def export(folder: Path, kind: str, to: Path | None = None, step: int | None = N
         job.trainer.take_averages()
         note = f"these are the weights of step {step}, not those that the run ended with"
         target = to or target.with_name(f"{target.name}-step-{step}")
-    with _refusals_explained(folder), ended_by_signals(f"stopped before {target} was complete"):
+    with explained(folder, recipe), ended_by_signals(f"stopped before {target} was complete"):
         return patiently(partial(_export, job, kind, folder, target, facts, note), target)
 
 
 def report(folder: Path) -> Path:
     """Make the report of a run again."""
     _facts_of(folder)
-    with _refusals_explained(folder):
+    with explained(folder):
         return _write_page(folder)
 
 

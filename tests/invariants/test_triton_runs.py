@@ -1,12 +1,10 @@
 """Training with every Triton kernel on equals training with the references: loss and weights of tiny models.
 
-In the interpreter, on CPU tensors. Attention, the LoRA layers, and head with loss are the product's own path; the
-model's norms, rotary positions and gated layers, and the optimizer's step, are put on their kernels by this test.
+In the interpreter, on CPU tensors, by the product's own path; only the optimizer's step is put on its kernel here.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +14,8 @@ import torch
 from interpreted import exact
 from tiny import random_documents, tiny, tiny_trainer, wrap
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from truetune.kernels.adamw import adamw
-from truetune.kernels.gated import gated
-from truetune.kernels.rms_norm import rms_norm
-from truetune.kernels.rope import rope
 from truetune.kernels.triton import KERNELS, equal, switched_on
 from truetune.training.record import Step
 
@@ -46,30 +40,12 @@ class AdamW(torch.optim.Optimizer):
                 adamw(group["params"], gradients, **lists, **options, step=state["step"])
 
 
-def put_on_operations(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms, rotary positions and gated layers of the model's family, through our operations."""
-    modeling = importlib.import_module(type(model).__module__)
-    family = type(model).__name__.removesuffix("ForCausalLM")
-
-    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        half, positions = cos.shape[-1] // 2, torch.arange(cos.shape[1])
-        q, k = rope(q[0], k[0], cos[0, :, :half], sin[0, :, :half], positions)
-        return q[None], k[None]
-
-    def normed(self: Any, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.variance_epsilon)[0]
-
-    def fed(self: Any, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
-
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", turned)
-    monkeypatch.setattr(getattr(modeling, f"{family}RMSNorm"), "forward", normed)
-    monkeypatch.setattr(getattr(modeling, f"{family}MLP"), "forward", fed)
-
-
-def run(family: str, lora: bool, steps: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses of the steps, and how far each weight went."""
+def run(
+    family: str, lora: bool, steps: int, dtype: torch.dtype, called: set[str] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses of the steps, and how far each weight went. called: is emptied when the model is there."""
     model = wrap(tiny(family), lora)
+    (called or set()).clear()
     start = {n: p.detach().double() for n, p in model.trainable().items()}
     model.to(dtype)
     trainer = tiny_trainer(model, random_documents(60), rate=1e-2, length={"steps": steps})
@@ -109,11 +85,10 @@ def test_steps_with_every_kernel_are_the_reference_s(
     monkeypatch.delenv("TRUETUNE_REFERENCE")
     called: set[str] = set()
     with monkeypatch.context() as patches, exact():
-        put_on_operations(tiny(family), patches)
         for name in KERNELS:
             patches.setattr(sys.modules[equal(name).__module__], name, noting(name, called))
         with switched_on("cpu"):
-            ours, our_moves = run(family, lora, steps, torch.float32)
+            ours, our_moves = run(family, lora, steps, torch.float32, called)
     assert called == KERNELS.keys() - {"newton_schulz", "adamw_8bit"} - (set() if lora else {"lora_linear"})
     assert len(truth) == steps
     assert (ours - truth).norm() <= 2 * (plain - truth).norm() + 1e-6 * truth.norm()

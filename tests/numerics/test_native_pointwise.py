@@ -119,7 +119,7 @@ def test_rope(
 ) -> None:
     shapes = ((tokens, n, size) if by_token else (n, tokens, size) for n in (heads, keys))
     q, k = (torch.randn(shape).to(dtype) for shape in shapes)
-    angles = torch.rand(50, pairs) * 7
+    angles = torch.rand(50, 2 * pairs) * 7
     positions = torch.randint(0, 50, (tokens,))
 
     class Turned:

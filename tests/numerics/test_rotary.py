@@ -19,6 +19,8 @@ from truetune.models.rotary import _equal, forward_with_rotary
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 
+CPU = torch.device("cpu")
+
 
 def inputs(width: int, dtype: torch.dtype, tokens: int = 37, size: int = 24) -> list[Tensor]:
     """Queries, keys and tables whose halves differ."""
@@ -82,19 +84,19 @@ def test_what_the_kernel_does_not_take_goes_to_theirs() -> None:
 
 
 def test_only_layers_that_turn() -> None:
-    assert forward_with_rotary(LlamaAttention) is not None
-    assert forward_with_rotary(nn.Linear) is None
+    assert forward_with_rotary(LlamaAttention, CPU) is not None
+    assert forward_with_rotary(nn.Linear, CPU) is None
 
     class Wrapped(LlamaAttention):
         @functools.wraps(LlamaAttention.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
-    assert forward_with_rotary(Wrapped) is None
+    assert forward_with_rotary(Wrapped, CPU) is None
 
 
 def test_the_authors_module_is_untouched() -> None:
     model = tiny("llama")
-    forward_with_rotary(LlamaAttention)
+    forward_with_rotary(LlamaAttention, CPU)
     assert LlamaAttention.forward.__globals__["apply_rotary_pos_emb"] is usual
     assert type(model.model.layers[0].self_attn) is LlamaAttention

@@ -28,7 +28,8 @@ LATTICE: dict[str, list[dict[str, Any]]] = {
         for d in (64, 80, 96, 128, 256)
         for i in (False, True)
     ]
-    + [{"tokens": 7, "heads": 2, "keys": 1, "head_size": 80, "rotated": 0.4, "interleaved": i} for i in (False, True)],
+    + [{"tokens": 7, "heads": 2, "keys": 1, "head_size": 80, "rotated": 0.4, "interleaved": i} for i in (False, True)]
+    + [{"tokens": 7, "heads": 2, "keys": 1, "head_size": 64, "positioned": False}],
     "linear_cross_entropy": [
         {"rows": n, "width": d, "vocabulary": v} | o
         for n, d, v in ((1, 8, 3), (7, 16, 100), (33, 72, 515), (70, 80, 257))
@@ -76,7 +77,7 @@ LATTICE: dict[str, list[dict[str, Any]]] = {
 }
 QUICK = {
     "rms_norm": [4, 7],
-    "rope": [17, 20],
+    "rope": [17, 20, 22],
     "gated": [3, 4, 5],
     "packed_attention": [4, 5, 22],
     "lora_linear": [3, 5],

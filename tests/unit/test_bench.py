@@ -30,7 +30,15 @@ def test_raw_samples_machine_and_command_are_kept(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "raw.json").read_text())
     assert kept["machine"]["torch"] == torch.__version__ and kept["machine"]["command"]
     names = [found["name"] for found in kept["results"]]
-    assert set(names) == {"packed_attention", "rms_norm", "gated", "rope", "lora_linear", "linear_cross_entropy"}
+    assert set(names) == {
+        "packed_attention",
+        "rms_norm",
+        "gated",
+        "rope",
+        "lora_linear",
+        "linear_cross_entropy",
+        "newton_schulz",
+    }
     for found in kept["results"]:
         assert "truetune" in found["seconds"] and "reference" in found["seconds"]
         assert all(len(samples) == 3 and min(samples) > 0 for samples in found["seconds"].values())

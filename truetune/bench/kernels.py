@@ -32,6 +32,7 @@ from truetune.kernels import linear_cross_entropy, lora_linear, packed_attention
 from truetune.kernels.attention import by_document
 from truetune.kernels.gated import gated
 from truetune.kernels.native.memory import keep_memory
+from truetune.kernels.newton_schulz import newton_schulz
 from truetune.kernels.op import FAST_PATHS, is_on
 from truetune.kernels.rms_norm import rms_norm
 from truetune.kernels.rope import rope
@@ -42,6 +43,8 @@ from truetune.training.patience import write_text
 HIDDEN, INNER, SIZE, TOKENS, RANK = 896, 4864, 64, 2048, 16
 ENTRIES = 32_000, 151_936
 """Of vocabularies."""
+MATRICES = 4
+"""Of one shape, in a model's layers."""
 WARM = 2
 """Calls before the first that counts."""
 OURS, PLAIN, TORCH, TRITON = "truetune", "reference", "torch", "triton"
@@ -60,7 +63,7 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Every operation that a model calls."""
+    """Every operation that a model calls, and Muon's."""
     yield from _attention()
     x, weight_D = _random(TOKENS, HIDDEN, dtype=torch.float32), _random(HIDDEN, dtype=torch.float32)
     yield Case(
@@ -92,6 +95,12 @@ def cases() -> Iterator[Case]:
         },
     )
     yield from map(_loss, ENTRIES)
+    yield Case(
+        "newton_schulz",
+        f"{MATRICES} x {HIDDEN} x {HIDDEN} bf16, 5 rounds",
+        [_random(MATRICES, HIDDEN, HIDDEN)],
+        {OURS: newton_schulz, PLAIN: newton_schulz.reference},
+    )
 
 
 def _attention() -> Iterator[Case]:
@@ -111,11 +120,11 @@ def _attention() -> Iterator[Case]:
 
 
 def _rope() -> Case:
-    angles = torch.arange(TOKENS)[:, None] * 1e4 ** -(torch.arange(SIZE // 2) / (SIZE // 2))
-    table = (angles.cos(), angles.sin(), torch.arange(TOKENS))
+    angles = (torch.arange(TOKENS)[:, None] * 1e4 ** -(torch.arange(SIZE // 2) / (SIZE // 2))).repeat(1, 2)
+    table = angles.cos(), angles.sin()
 
     def by_halves(q: Tensor, k: Tensor) -> Tensor:
-        cos, sin = (torch.cat([t, t], -1).to(q.dtype) for t in table[:2])
+        cos, sin = (t.to(q.dtype) for t in table)
         turned = (x * cos + torch.cat([-x[..., SIZE // 2 :], x[..., : SIZE // 2]], -1) * sin for x in (q, k))
         return torch.cat(list(turned))
 
@@ -215,7 +224,8 @@ def winners(results: Sequence[dict[str, Any]]) -> list[str]:
 def _observe(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in tensors]
     out = function(*leaves)
-    out.backward(torch.ones_like(out) if out.ndim == 0 else _readout(out))
+    if out.requires_grad:
+        out.backward(torch.ones_like(out) if out.ndim == 0 else _readout(out))
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 

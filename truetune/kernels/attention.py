@@ -1,10 +1,10 @@
 """Attention over documents that stand end to end: causal inside each, nothing between them.
 
 Packed without padding and without a [T, T] mask: each document is attended on its own, so isolation is
-structural, not numerical. On a CPU a kernel of our own (``native/``) does what it can. Else the plain case runs
-torch's fused attention (flash on CPU and GPU, grouped-query without repeated keys). A sliding window goes over
-blocks of queries, each with only the keys it can see. Soft cap (Gemma 2) and sinks (GPT-OSS) have no fused kernel
-in torch and run as explicit fp32 softmax.
+structural, not numerical. On a CPU a kernel of our own (``native/``) does what it can, on a GPU one launch of torch's
+for all documents (``varlen``). Else the plain case runs torch's fused attention (flash on CPU and GPU, grouped-query
+without repeated keys). A sliding window goes over blocks of queries, each with only the keys it can see. Soft cap
+(Gemma 2) and sinks (GPT-OSS) have no fused kernel in torch and run as explicit fp32 softmax.
 
 Left out: bidirectional and chunked attention, keys from a cache.
 Shape suffixes: H query heads, K key heads (K divides H), T tokens of the pack, B of one block of queries, S keys that
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from truetune.kernels import varlen
 from truetune.kernels.native.attention import attends, attention
 from truetune.kernels.op import Op, compute_dtype, no_autocast, statistics_dtype
 
@@ -83,6 +84,28 @@ def _native(
 
 
 @packed_attention.on("cuda")
+def at_once(
+    q_HTd: Tensor,
+    k_KTd: Tensor,
+    v_KTe: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    dropout: float = 0.0,
+    key_lengths: tuple[int, ...] | None = None,
+) -> Tensor:
+    """All documents in one launch, where torch has one that holds here."""
+    dtype = compute_dtype(q_HTd, k_KTd)
+    kind = (q_HTd.device, dtype, q_HTd.shape[-1], v_KTe.shape[-1], window is not None)
+    if softcap is not None or sinks_H is not None or dropout or not varlen.attends(by_document, *kind):
+        return by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout, key_lengths)
+    check(q_HTd, k_KTd, lengths, key_lengths)
+    q_HTd, k_KTd, v_KTe = (x.to(dtype) for x in (q_HTd, k_KTd, v_KTe))
+    return varlen.attention(q_HTd, k_KTd, v_KTe, lengths, scale, window, key_lengths)
+
+
 def by_document(
     q_HTd: Tensor,
     k_KTd: Tensor,
@@ -95,6 +118,7 @@ def by_document(
     dropout: float = 0.0,
     key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
+    """The same by torch's own, one document after another."""
     check(q_HTd, k_KTd, lengths, key_lengths)
     key_lengths = key_lengths or lengths
     if sinks_H is not None:  # so that the parts of its gradient, one per block, add up in fp32

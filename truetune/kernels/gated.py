@@ -27,7 +27,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
-@gated.on("cpu")
+@gated.on("cpu", needs=pointwise.available)
 def _native(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     if activation not in pointwise.ACTIVATIONS or not pointwise.computes(gate, up):
         return gated.reference(gate, up, activation)

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,22 +49,38 @@ class Op(Generic[P, R]):
         functools.update_wrapper(self, reference)
         self.reference = reference
         self.equals: dict[str, Callable[P, R]] = {}
+        self._needs: dict[Callable[P, R], Callable[[], bool]] = {}
 
-    def on(self, *devices: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Register the decorated function as the equal on these device types ("cpu", "cuda")."""
+    def on(self, *devices: str, needs: Callable[[], bool] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Register the decorated function as the equal on these device types ("cpu", "cuda").
+
+        needs: whether what it is computed with is there; where it is not, the equal runs the reference itself.
+        """
 
         def register(equal: Callable[P, R]) -> Callable[P, R]:
             self.equals.update(dict.fromkeys(devices, equal))
+            if needs:
+                self._needs[equal] = needs
             return equal
 
         return register
 
+    def has_equal(self, device: torch.device) -> bool:
+        """Whether ``device`` has more than the reference: reason to call this in place of a model's own code."""
+        equal = self.equals.get(device.type)
+        return equal is not None and (equal not in self._needs or self._needs[equal]())
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if os.environ.get("TRUETUNE_REFERENCE") == "1":
             return self.reference(*args, **kwargs)
-        given = (a[0] if isinstance(a, list) else a for a in (*args, *kwargs.values()))
-        device = next(a.device.type for a in given if isinstance(a, Tensor))
+        device = first_tensor(*args, **kwargs).device.type
         return self.equals.get(device, self.reference)(*args, **kwargs)
+
+
+def first_tensor(*args: Any, **kwargs: Any) -> Tensor:
+    """The first among arguments, of a list its first."""
+    given = (a[0] if isinstance(a, list) else a for a in (*args, *kwargs.values()))
+    return next(a for a in given if isinstance(a, Tensor))
 
 
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -29,7 +29,7 @@ def rms_norm(
     return (wide * scale * (weight_D.to(wide.dtype) + offset)).to(x.dtype), total
 
 
-@rms_norm.on("cpu")
+@rms_norm.on("cpu", needs=pointwise.available)
 def _native(
     x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

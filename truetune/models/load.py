@@ -33,7 +33,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from truetune.cache import cache_folder
-from truetune.errors import UserError
+from truetune.errors import UserError, shortage
 from truetune.models.find import find
 
 _SHARED_LAYERS = 1000
@@ -281,6 +281,8 @@ def explained(path: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # what parsers of damaged files raise is of every kind
+        if shortage(error):
+            raise
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{path} comes with Python code of its own, which is run only with model.trust_remote_code=true; read "

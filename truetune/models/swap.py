@@ -6,6 +6,9 @@ must differ from float64's at most twice as much as those of the module's own co
 proven gets a subclass of its own class, so that parameters, names, saving and copies stay as they were. Attention
 layers keep their author's code but for the function that turns queries and keys (``models.rotary``).
 
+It is tried where it will run. A device on which an operation has nothing but its reference keeps the author's code: a
+CPU without the compiled kernels, a GPU for which ours was not chosen (``kernels.triton.choices``).
+
 Left out: what has other arguments than its input, layer norms, experts.
 """
 
@@ -24,7 +27,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from truetune.kernels.gated import gated
-from truetune.kernels.native import pointwise
+from truetune.kernels.native.pointwise import ACTIVATIONS
+from truetune.kernels.proof import no_worse, readout, within
 from truetune.kernels.rms_norm import rms_norm
 from truetune.models.rotary import forward_with_rotary
 
@@ -53,18 +57,23 @@ def swap(model: nn.Module, autocast: Context) -> int:
 
     autocast: the context that the model is trained in.
     """
-    proven: dict[Any, type[nn.Module] | None] = {}
-    count = 0
-    if not pointwise.available(next(model.parameters()).device):
-        return 0
+    turning: dict[type[nn.Module], type[nn.Module] | None] = {}
+    proven: dict[str, type[nn.Module] | None] = {}
+    count, device = 0, next(model.parameters()).device
     for module in model.modules():
-        plain: Any = type(module)
-        if isinstance(module, Swapped) or not ((turning := forward_with_rotary(plain)) or (ways := _ways(module))):
+        plain = type(module)
+        if isinstance(module, Swapped):
             continue
-        kind = plain if turning else _kind(module)
-        if kind not in proven:
-            proven[kind] = subclass(plain, turning) if turning else _proven(module, ways, autocast)
-        if made := proven[kind]:
+        if plain not in turning:
+            forward = forward_with_rotary(plain, device)
+            turning[plain] = subclass(plain, forward) if forward else None
+        made = turning[plain]
+        if not made and (ways := _ways(module, device)):
+            kind = _kind(module)
+            if kind not in proven:
+                proven[kind] = _proven(module, ways, autocast, device)
+            made = proven[kind]
+        if made:
             module.__class__ = made
             count += 1
     return count
@@ -83,11 +92,11 @@ def unswapped(model: nn.Module) -> Iterator[None]:
             module.__class__ = made
 
 
-def _ways(module: nn.Module) -> list[_Way]:
-    """Ways in which the module may be computed, by its shape."""
+def _ways(module: nn.Module, device: torch.device) -> list[_Way]:
+    """Ways in which the module may be computed on ``device``, by its shape."""
     children = dict(module.named_children())
     own = dict(module.named_parameters(recurse=False))
-    if not children and own.keys() == {"weight"} and own["weight"].ndim == 1:
+    if not children and own.keys() == {"weight"} and own["weight"].ndim == 1 and rms_norm.has_equal(device):
         eps = [name for name, value in vars(module).items() if isinstance(value, float)]
         width = len(own["weight"])
         return [_Way(width, partial(_norm, eps=name, offset=offset)) for name, offset in product(eps, (0.0, 1.0))]
@@ -95,8 +104,10 @@ def _ways(module: nn.Module) -> list[_Way]:
     rest = [child for name, child in children.items() if name not in linear]
     if own or len(linear) != 3 or any(next(child.parameters(), None) is not None for child in rest):
         return []
+    if not gated.has_equal(device):
+        return []
     found = []
-    for names, activation in product(permutations(linear), pointwise.ACTIVATIONS):
+    for names, activation in product(permutations(linear), ACTIVATIONS):
         gate, up, down = (_sizes(linear[name]) for name in names)
         if gate == up and down == gate[::-1]:
             found.append(_Way(gate[0], partial(_feed_forward, names=names, activation=activation)))
@@ -129,24 +140,24 @@ def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__} {module!r} {plain} {shapes}"
 
 
-def _proven(module: nn.Module, ways: list[_Way], autocast: Context) -> type[nn.Module] | None:
+def _proven(module: nn.Module, ways: list[_Way], autocast: Context, device: torch.device) -> type[nn.Module] | None:
     """The class of the first way that is the module's function, and as near to it as the module's own code."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for way in ways:
             x = torch.randn(1, TOKENS, way.width) * torch.logspace(-3, 1, TOKENS)[:, None]  # small ones show an epsilon
+            x = x.to(device)
             made = _made(type(module), way)
             try:
                 exact = copy.deepcopy(module).double()
                 truth = _observe(exact, x.double(), type(module))
-                if not _within(_observe(exact, x.double(), made), truth, [SAME] * len(truth)):
+                if not within(_observe(exact, x.double(), made), truth, [SAME] * len(truth)):
                     continue
                 with autocast():
                     own, ours = (_observe(copy.deepcopy(module), x, kind) for kind in (type(module), made))
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
                 return None  # it is not called so, and is left as it is
-            bounds = [2 * _error(a, b) + 1e-6 for a, b in zip(own, truth, strict=True)]
-            if ours[0].dtype == own[0].dtype and _within(ours, truth, bounds):
+            if ours[0].dtype == own[0].dtype and no_worse(ours, own, truth):
                 return made
     return None
 
@@ -171,18 +182,6 @@ def _observe(module: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[Tensor
     module.eval().zero_grad()  # dropout, which is a layer's own, would differ from call to call
     x = x.clone().requires_grad_()
     out = module(x)
-    readout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    (out * readout.to(out.dtype)).sum().backward()
+    readout(out).backward()
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     return [out.detach(), cast(Tensor, x.grad), *(g.clone() for g in gradients)]
-
-
-def _within(found: list[Tensor], truth: list[Tensor], bounds: list[float]) -> bool:
-    pairs = zip(found, truth, bounds, strict=False)
-    return len(found) == len(truth) and all(_error(a, b) <= bound for a, b, bound in pairs)
-
-
-def _error(found: Tensor, truth: Tensor) -> float:
-    """Relative, and absolute where the truth is 0."""
-    size = float(truth.norm())
-    return float((found.double() - truth).norm()) / (size or 1.0)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from interpreted import exact
 from tiny import random_documents, tiny, tiny_trainer, wrap
 from torch import Tensor, nn
 
 from truetune.kernels.native.build import kernels
+from truetune.kernels.triton import KERNELS, switched_on
 from truetune.models.swap import Swapped, swap, unswapped
 from truetune.training.record import Step
 
@@ -98,16 +100,33 @@ def test_what_computes_something_else_is_left_alone(module: nn.Module, taken: bo
     assert all(p.grad is None for p in after.values())
 
 
+PARTS = {"rms_norm": "LlamaRMSNorm", "gated": "LlamaMLP", "rope": "LlamaAttention"}
+
+
+@pytest.mark.parametrize("on", [(), *((name,) for name in PARTS), tuple(PARTS)])
+def test_a_device_swaps_what_it_has_an_equal_for(on: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of GPUs in the place of this processor's, which are turned off."""
+    monkeypatch.setenv("TRUETUNE_OFF", "native_pointwise")
+    assert not any(KERNELS[name].has_equal(torch.device("cuda")) for name in PARTS), "none has been chosen"
+    with exact(), switched_on("cpu", *on) if on else plainly():
+        assert swapped(wrap(tiny("llama"))).keys() == {PARTS[name] for name in on}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_errs_on_the_device_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = KERNELS[name]
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        right: Any = op.reference(*arguments, **options)
+        return right * 1.001 if isinstance(right, Tensor) else (right[0] * 1.001, right[1])
+
+    monkeypatch.setitem(op.equals, "cpu", wrong)
+    assert swapped(wrap(tiny("llama"))).keys() == {part for other, part in PARTS.items() if other != name}
+
+
 def test_dropout_in_adapters_is_in_nobodys_way() -> None:
     model = wrap(tiny("llama"), True, dropout=0.3)
     assert swapped(model)["LlamaMLP"] == 2 and all(m.training for m in model.modules() if isinstance(m, nn.Dropout))
-
-
-def test_a_kernel_that_errs_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from truetune.models import swap as module
-
-    monkeypatch.setattr(module, "gated", lambda gate, up, _: torch.nn.functional.silu(gate) * up * 1.001)
-    assert not swapped(wrap(tiny("llama"), dtype=torch.bfloat16))["LlamaMLP"]
 
 
 def test_it_is_taken_off_copied_and_saved_as_its_authors_wrote_it() -> None:

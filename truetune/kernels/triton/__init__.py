@@ -14,6 +14,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from truetune.kernels.adamw import adamw
 from truetune.kernels.adamw_8bit import adamw_8bit
 from truetune.kernels.attention import packed_attention
@@ -21,7 +23,7 @@ from truetune.kernels.gated import gated
 from truetune.kernels.linear_cross_entropy import linear_cross_entropy
 from truetune.kernels.lora_linear import lora_linear
 from truetune.kernels.newton_schulz import newton_schulz
-from truetune.kernels.op import Op
+from truetune.kernels.op import Op, first_tensor
 from truetune.kernels.rms_norm import rms_norm
 from truetune.kernels.rope import rope
 
@@ -39,8 +41,9 @@ KERNELS: dict[str, Op[..., Any]] = {
 """Name -> the operation, whose reference the kernel must equal. Its file and function beside this one are so named."""
 
 
-CALLED = ("linear_cross_entropy", "packed_attention", "lora_linear")
-"""Operations that a model on a GPU calls; norms, gates and rotary positions are its author's there."""
+CALLED = ("linear_cross_entropy", "packed_attention", "lora_linear", "rms_norm", "gated", "rope", "newton_schulz")
+"""Operations that training on a GPU calls: models the first six (norms, gates and rotary positions where they are
+chosen, else their author's code), Muon the last."""
 
 
 def equal(name: str) -> Callable[..., Any]:
@@ -57,8 +60,10 @@ def install(names: Iterable[str]) -> None:
 
 
 def _run(name: str, *arguments: Any, **options: Any) -> Any:
-    """The kernel, imported at its first call."""
-    return equal(name)(*arguments, **options)
+    """The kernel, imported at its first call; in float64, in which none computes, the reference."""
+    exact = first_tensor(*arguments, **options).dtype == torch.float64
+    function = KERNELS[name].reference if exact else equal(name)
+    return function(*arguments, **options)
 
 
 @contextlib.contextmanager
@@ -68,7 +73,8 @@ def switched_on(device: str, *names: str) -> Iterator[None]:
     before = {name: dict(KERNELS[name].equals) for name in chosen}
     try:
         for name in chosen:
-            KERNELS[name].on(device)(equal(name))
+            equal(name)  # imported, so that no timing has it
+            KERNELS[name].on(device)(partial(_run, name))
         yield
     finally:
         for name in chosen:

@@ -51,13 +51,17 @@ def rope(
     keys: int = 2,
     head_size: int = 64,
     rotated: float = 1.0,
+    positioned: bool = True,
     interleaved: bool = False,
 ) -> Case:
     pairs = int(head_size * rotated) // 2
-    angles = torch.outer(torch.arange(2.0 * tokens), 10000.0 ** (-torch.arange(pairs) / pairs)).to(device)
+    angles = torch.outer(torch.arange((1.0 + positioned) * tokens), 10000.0 ** (-torch.arange(pairs) / pairs))
+    angles = torch.cat([angles, angles + 0.3], -1).to(
+        device
+    )  # halves that differ, so that neither stands for the other
     q, k = (_normal(dtype, device, tokens, h, head_size).transpose(0, 1) for h in (heads, keys))
-    positions = torch.randint(0, 2 * tokens, (tokens,), device=device)
-    tables = {"cos_PR": angles.cos(), "sin_PR": angles.sin(), "positions_T": positions}
+    positions = torch.randint(0, 2 * tokens, (tokens,), device=device) if positioned else None
+    tables = {"cos_PW": angles.cos(), "sin_PW": angles.sin(), "positions_T": positions}
     return Case({"q_HTd": q, "k_KTd": k, **tables, "interleaved": interleaved}, ("q_HTd", "k_KTd"))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from truetune.devices import to_device
-from truetune.kernels.attention import by_document, check
+from truetune.kernels.attention import at_once, check
 from truetune.kernels.op import compute_dtype
 from truetune.kernels.triton.functions import tanh
 from truetune.kernels.triton.launch import launch, runs
@@ -266,7 +266,7 @@ def packed_attention(
     size = max(q_HTd.shape[-1], v_KTe.shape[-1])
     ours = key_lengths is None and sinks_H is None and not dropout and runs(attention_keys, q_HTd, dtype, size)
     if not ours:
-        return by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout, key_lengths)
+        return at_once(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout, key_lengths)
     check(q_HTd, k_KTd, lengths)
     q_HTd, k_KTd, v_KTe = (x.to(dtype) for x in (q_HTd, k_KTd, v_KTe))
     out_HTe: Tensor = _Flash.apply(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap)
