@@ -16,7 +16,7 @@ from truetune.optim.low_rank import Apollo, Fira, GaLore
 from truetune.optim.matrix import SOAP, Muon, Shampoo
 from truetune.optim.model_based import MoMo, MoMoAdam
 from truetune.optim.rate_free import DAdaptAdam, DoG, Prodigy
-from truetune.optim.rule import AROUND, SHARED, Rule, averaged, averages, take_averages
+from truetune.optim.rule import AROUND, SHARED, Rule, averaged, averages, take_averages, total_norm
 from truetune.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "steps_apart",
     "take_averages",
     "take_step",
+    "total_norm",
 ]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from truetune.data.batch import Batch
 from truetune.errors import UserError
+from truetune.kernels.op import statistics_dtype
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
+from truetune.optim import total_norm
 
 _PIECE = 1 << 20
 """Elements of a gradient that are added up at a time."""
@@ -54,8 +56,8 @@ def accumulate(model: CausalLM, objective: Objective, batches: Sequence[Batch]) 
 
 
 def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """L2 norm over all gradients, in the gradients' dtype (fp32 by contract)."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """L2 norm over all gradients, in fp32."""
+    return total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def l1_of(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -66,8 +68,8 @@ def l1_of(parameters: Iterable[nn.Parameter]) -> Tensor:
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if any(g.device.type != "cpu" for g in gradients):  # there it is a tree of sums, and one launch for all
-        return nn.utils.get_total_norm(gradients, 1.0).double()
-    pieces = [piece.abs().sum() for g in gradients for piece in g.flatten().split(_PIECE)]
+        return total_norm(gradients, 1.0).double()
+    pieces = [piece.abs().sum(dtype=statistics_dtype(piece.dtype)) for g in gradients for piece in g.flatten().split(_PIECE)]
     return torch.stack(pieces).double().sum() if pieces else torch.zeros((), dtype=torch.float64)
 
 
