@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from truetune import registry
 from truetune.errors import UserError
 from truetune.models.wrap import CausalLM
-from truetune.optim import EMA, KINDS, MUP, OPTIMIZERS, Growth, Mechanic, NaP, kinds_of, parameter_groups
+from truetune.optim import EMA, KINDS, MUP, OPTIMIZERS, Growth, Mechanic, NaP, Rule, kinds_of, parameter_groups
 from truetune.recipe import Recipe
 
 
@@ -107,5 +108,11 @@ def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], re
     if not isinstance(built, Optimizer) or not all("peak" in group for group in built.param_groups):
         raise UserError(
             f"{name} is no torch.optim.Optimizer over the groups that it was given; subclass it, and hand them on"
+        )
+    low = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
+    if low and not isinstance(built, Rule):
+        raise UserError(
+            f"{name} would round what it does to bf16 weights to the nearest, and so lose small updates; make it a "
+            "truetune.optim.Rule, or set model.weights=fp32"
         )
     return built

@@ -100,7 +100,9 @@ def state_bytes(optimizer: Optimizer) -> int:
     """``Rule.state_bytes`` of any optimizer; of one that is no rule, two moments of each parameter."""
     if isinstance(optimizer, Rule):
         return optimizer.state_bytes()
-    return 2 * sum(p.numel() * statistics_dtype(p.dtype).itemsize for group in optimizer.param_groups for p in group["params"])
+    return 2 * sum(
+        p.numel() * statistics_dtype(p.dtype).itemsize for group in optimizer.param_groups for p in group["params"]
+    )
 
 
 class Mechanic(Around):
@@ -211,7 +213,9 @@ class NaP(Around):
                 x.copy_(narrow(new, x.dtype, -1 - steps * len(kept) - place))
 
     def state_bytes(self) -> int:
-        return sum(x[..., 0, 0].numel() * statistics_dtype(x.dtype).itemsize for x in self.matrices) + state_bytes(self.inner)
+        return sum(x[..., 0, 0].numel() * statistics_dtype(x.dtype).itemsize for x in self.matrices) + state_bytes(
+            self.inner
+        )
 
 
 class Growth(Around):

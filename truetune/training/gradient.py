@@ -69,7 +69,9 @@ def l1_of(parameters: Iterable[nn.Parameter]) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if any(g.device.type != "cpu" for g in gradients):  # there it is a tree of sums, and one launch for all
         return total_norm(gradients, 1.0).double()
-    pieces = [piece.abs().sum(dtype=statistics_dtype(piece.dtype)) for g in gradients for piece in g.flatten().split(_PIECE)]
+    pieces = [
+        piece.abs().sum(dtype=statistics_dtype(piece.dtype)) for g in gradients for piece in g.flatten().split(_PIECE)
+    ]
     return torch.stack(pieces).double().sum() if pieces else torch.zeros((), dtype=torch.float64)
 
 
