@@ -26,7 +26,7 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
     if (chosen.mechanic or getattr(rule, "finds_rate", False)) and "rate" not in chosen.model_fields_set:
         raise UserError(f"{finder} finds its rate, and optimizer.rate multiplies it; set it to 1")
     takes = getattr(rule, "takes", None)
-    if takes is None and chosen.takes is not None:
+    if (takes is None or getattr(rule, "probes", False)) and chosen.takes is not None:
         raise UserError(f'optimizer.takes means nothing with optimizer "{chosen.name}", which takes all; remove it')
     if "vectors" in (chosen.takes or ()) and "vectors" not in (takes or KINDS):
         raise UserError(f'optimizer.takes has vectors, but optimizer "{chosen.name}" is for matrices; take it out')
@@ -80,6 +80,8 @@ def _require_fit(rule: Optimizer, recipe: Recipe) -> None:
     """Raise UserError for what means nothing around ``rule``."""
     chosen, train = recipe.optimizer, recipe.train
     name = f'optimizer "{chosen.name}"'
+    if getattr(rule, "probes", False):
+        _require_no_gradients(name, recipe)
     averages, finds, sees = (getattr(rule, trait, False) for trait in ("averages_weights", "finds_rate", "sees_loss"))
     clipping = {"train.clip": train.clip, "train.clip_growth": train.clip_growth}
     key = next((key for key, value in clipping.items() if value is not None), None)
@@ -96,6 +98,28 @@ def _require_fit(rule: Optimizer, recipe: Recipe) -> None:
         raise UserError(
             f"optimizer.nap means nothing with {other}, which goes by how far weights are from where they began; "
             "remove one"
+        )
+
+
+def _require_no_gradients(name: str, recipe: Recipe) -> None:
+    """Raise UserError for a key that is about gradients, or weights found again only nearly."""
+    chosen, train = recipe.optimizer, recipe.train
+    keys: dict[str, object] = {
+        "train.clip": train.clip,
+        "train.clip_growth": train.clip_growth,
+        "train.activation_memory": train.activation_memory,
+        "adapter.dropout": recipe.adapter.dropout,
+        "optimizer.mechanic": chosen.mechanic,
+        "optimizer.ema": chosen.ema,
+        "optimizer.nap": chosen.nap,
+    }
+    if key := next((key for key, value in keys.items() if value), None):
+        mend = f"set {key}=none" if key.startswith("train.") else "remove it"
+        raise UserError(f"{key} means nothing with {name}, which takes no gradients and drops nothing; {mend}")
+    if recipe.model.weights == "bf16":
+        raise UserError(
+            f"model.weights=bf16 does not go with {name}, which moves all weights to and fro and must find them again; "
+            "set model.weights=fp32"
         )
 
 

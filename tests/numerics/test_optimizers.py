@@ -28,6 +28,9 @@ STEPS = 20
 SHAPES = [(1,), (3,), (7, 5), (5, 7), (1, 6), (6, 1), (2, 3, 4), (7, 5), (5, 7), (3,), (16, 16), (7, 5)]
 """Vectors, wide and tall, of one row, of one column, of three dimensions; several of equal shape."""
 
+RULES = {name: rule for name, rule in OPTIMIZERS.items() if not getattr(rule, "probes", False)}
+"""Those that take gradients; the others are in ``test_zeroth``."""
+
 LOW_RANK = {"rank": 2, "gap": 7, "scale": 0.5, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 OTHERS: dict[str, list[dict[str, Any]]] = {
     "adamw": [{"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}],
@@ -82,8 +85,8 @@ RATES: dict[str, float] = {
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
-CASES = [(name, options) for name in OPTIMIZERS for options in ({}, *OTHERS[name])]
-NAMES = [f"{name}{i if i else ''}" for name in OPTIMIZERS for i in range(1 + len(OTHERS[name]))]
+CASES = [(name, options) for name in RULES for options in ({}, *OTHERS[name])]
+NAMES = [f"{name}{i if i else ''}" for name in RULES for i in range(1 + len(OTHERS[name]))]
 
 
 def weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -159,7 +162,7 @@ def test_a_rule_is_its_paper(name: str, options: dict[str, Any]) -> None:
             assert torch.equal(p.grad, g), "the gradient is the trainer's"
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", RULES)
 def test_every_option_is_tried(name: str) -> None:
     options = registry.user_options("optimizer", name, OPTIMIZERS[name])
     assert set(options) == set().union(*(other.keys() for other in OTHERS[name]))
@@ -216,7 +219,7 @@ def test_the_order_of_parameters_and_groups_does_not_matter(name: str, options: 
 
 
 @DTYPES
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", RULES)
 def test_a_rule_minimises(name: str, dtype: torch.dtype) -> None:
     """|x|^2 / 2 falls tenfold, at a rate that falls linearly, in the weights that the rule would keep."""
     parameters = [torch.nn.Parameter(x) for x in weights(dtype)[:6]]
@@ -230,7 +233,7 @@ def test_a_rule_minimises(name: str, dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", RULES)
 def test_at_rate_zero_nothing_moves(name: str, dtype: torch.dtype) -> None:
     parameters = [torch.nn.Parameter(x) for x in weights(dtype)]
     optimizer = build(name, parameters, **OTHERS[name][0])
@@ -283,7 +286,7 @@ def test_updates_below_half_a_step_of_bf16_arrive_in_the_mean(name: str, weight:
     assert abs(ends[0] - ends[1]) < 4 * count**0.5 * 2**-9 and abs(ends[1]) > 0.5 * count * 2**-8
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", RULES)
 def test_an_unknown_option_is_refused_in_one_sentence(name: str) -> None:
     with pytest.raises(UserError, match=f'optimizer "{name}" has no option "momentun"'):
         build(name, [torch.nn.Parameter(torch.ones(2, 2))], momentun=0.9)
@@ -297,7 +300,7 @@ CHOICES = ("nesterov", "convention", "per", "safeguard", "feedback")
     ("name", "option", "value"),
     [
         (name, option, value)
-        for name in OPTIMIZERS
+        for name in RULES
         if name != "adamw"
         for option in registry.user_options("optimizer", name, OPTIMIZERS[name])
         for value in [({"betas": (0.9, 1.0), "momentum": 1.0} | dict.fromkeys(CHOICES)).get(option, -1)]
@@ -326,7 +329,7 @@ def held(optimizer: torch.optim.Optimizer) -> int:
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(72, 100), (100, 72), (64, 64)], ids=str)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", RULES)
 def test_the_state_takes_the_bytes_that_its_docstring_says(
     name: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:

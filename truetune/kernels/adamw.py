@@ -3,8 +3,8 @@
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
     p <- p (1 - rate decay) - rate m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-What a rounding takes (``kernels.rounding``) differs between reference and kernel, whose random numbers differ; both repeat
-for the same seed.
+What a rounding takes (``kernels.rounding``) differs between reference and kernel, whose random numbers differ; both
+repeat for the same seed.
 """
 
 from __future__ import annotations

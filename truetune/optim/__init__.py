@@ -18,6 +18,7 @@ from truetune.optim.model_based import MoMo, MoMoAdam
 from truetune.optim.rate_free import DAdaptAdam, DoG, Prodigy
 from truetune.optim.rule import AROUND, SHARED, Rule, averaged, averages, take_averages, total_norm
 from truetune.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
+from truetune.optim.zeroth import MeZO
 
 __all__ = [
     "AROUND",
@@ -68,6 +69,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "prodigy": Prodigy,
     "momo": MoMo,
     "momo-adam": MoMoAdam,
+    "mezo": MeZO,
 }
 
 

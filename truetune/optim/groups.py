@@ -9,9 +9,9 @@ muP (Yang et al. 2022, arXiv 2203.03466): of a model m times as wide as the one 
 and the head learn m times slower, under rules whose steps have the size of the rate. Left out: the rest of muP, which
 is the model's: initial weights of variance 1 / width (1 / width^2 in the head), and the scale of attention.
 
-Trained parameters are fp32 whatever the model computes in (bf16 goes through autocast), or bf16 under a rule that rounds
-stochastically: rounded to the nearest, an update below about 1/512 of the weight would be lost, and training would stall
-in silence.
+Trained parameters are fp32 whatever the model computes in (bf16 goes through autocast), or bf16 under a rule that
+rounds stochastically: rounded to the nearest, an update below about 1/512 of the weight would be lost, and training
+would stall in silence.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ equal shape one batched product. A large tensor is a stack of its own, seen in p
 stacked in memory and each parameter's is a view of it, while weights and gradients are copied together.
 
 Parameters that a rule does not take (``takes``; groups marked ``rest``) are updated by AdamW at its defaults, in the
-same optimizer. Weights in bf16 are seen in fp32, and their gradients too; the state is fp32, and what comes of a step is
-rounded stochastically (``kernels.rounding``), by the number of the step and the parameter's place. Equations use the names of the field: x weights, g gradient, m and v moments, t the number of the step,
-from 1. Left out: closures that are called more than once, sparse and complex tensors.
+same optimizer. Weights in bf16 and their gradients are seen in fp32, the state is fp32, and what comes of a step is
+rounded stochastically (``kernels.rounding``), by the number of the step and the parameter's place. Equations use the
+names of the field: x weights, g gradient, m and v moments, t the number of the step, from 1. Left out: closures that
+are called more than once, sparse and complex tensors.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Rule(Optimizer):
     waits: steps at the beginning that only gather what it needs and move nothing.
     averages_weights: whether there are ``averages``. finds_rate: whether the rate only multiplies what it finds.
     sees_loss: whether ``step`` needs a closure that returns the loss of the gradients, which is then ``loss``.
+    probes: whether it takes no gradients, but has ``probe`` called with a function that computes the loss.
     Raises UserError for an option out of its range.
     """
 
@@ -74,6 +76,7 @@ class Rule(Optimizer):
     averages_weights: bool = False
     finds_rate: bool = False
     sees_loss: bool = False
+    probes: bool = False
     loss: Any = None
 
     def __init__(self, groups: Groups, rate: float, **options: Any) -> None:
