@@ -20,6 +20,7 @@ from truetune.checks.preflight import Preflight
 from truetune.data import dataset, formats
 from truetune.data.batch import Document
 from truetune.data.chat import Renderer
+from truetune.devices import has_fast_bf16
 from truetune.errors import UserError
 from truetune.kernels.native.memory import keep_memory
 from truetune.kernels.op import is_on
@@ -345,9 +346,4 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What matrix products are computed in; "auto" is bfloat16 where the hardware has products for it."""
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities()
-        fast = any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if has_fast_bf16(device) else torch.float32

@@ -5,8 +5,7 @@ to ours. Beside it stands how far the weights have come apart, as a share of how
 nothing. Shapes: hidden size 576, 30 layers of 9 heads and 3 key heads of 64, intermediate 1536, vocabulary 49152, tied.
 Rules of matrices are given the hidden matrices alone. What a rule does once in many steps is in every sample of SOAP,
 which is a mean of so many; GaLore's and Fira's, the singular vectors of every 200th step, is only in the first step,
-which stands apart. Peers are timed where they are installed. Under SOAP weights come apart on matrices that are not
-square: of their longer side the first gradient leaves a null space, in which any basis is as good.
+which stands apart. Peers are timed where they are installed.
 """
 
 from __future__ import annotations
@@ -91,7 +90,6 @@ RULES = {
         {"frequency": FREQUENCY},
         {
             "pytorch-optimizer": _of("pytorch_optimizer", "SOAP", **SOAP),
-            "heavyball": _of("heavyball", "SOAP", **SOAP, max_precond_dim=10_000, merge_dims=False, compile_step=False),
         },
         steps=FREQUENCY,
     ),
