@@ -49,7 +49,7 @@ def test_the_slope_is_the_directional_derivative_and_the_step_is_along_it() -> N
     optimizer = build(ps, 0.01, weight_decay=0.1)
     optimizer.param_groups[1]["weight_decay"] = 0.0
     before = [p.detach().clone() for p in ps]
-    last = torch.zeros(())
+    last = torch.zeros((), dtype=torch.float64)
     for _ in range(3):
         gradient = [(k + 1) * p.detach() + 1 for k, p in enumerate(ps)]
         optimizer.probe(quadratic(ps))  # type: ignore[attr-defined]
