@@ -114,7 +114,7 @@ RULES = {
 
 def shapes(layers: int, matrices: bool) -> list[tuple[int, ...]]:
     """Of the weights; matrices: without embedding and norms."""
-    hidden = [
+    hidden: list[tuple[int, ...]] = [
         *[(HIDDEN, HIDDEN)] * 2,
         *[(KEYS, HIDDEN)] * 2,
         *[(INNER, HIDDEN)] * 2,

@@ -90,7 +90,7 @@ def _means(model: CausalLM, objective: Objective, batches: Sequence[Batch], take
 def norms_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
     """L2 and L1 norm of the gradient, or of the estimate that ``optimizer`` has probed."""
     if getattr(optimizer, "probes", False):
-        return optimizer.lengths  # type: ignore[attr-defined, no-any-return]
+        return optimizer.lengths  # type: ignore[attr-defined]
     return norm_of(parameters), l1_of(parameters)
 
 
