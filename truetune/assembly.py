@@ -20,6 +20,7 @@ from truetune.checks.preflight import Preflight
 from truetune.data import dataset, formats
 from truetune.data.batch import Document
 from truetune.data.chat import Renderer
+from truetune.devices import has_fast_bf16
 from truetune.errors import UserError
 from truetune.kernels.native.memory import keep_memory
 from truetune.kernels.op import is_on
@@ -31,7 +32,7 @@ from truetune.models.base import quantize_base, require_able
 from truetune.models.coverage import coverage
 from truetune.models.export import reload
 from truetune.models.load import Loaded, load, quiet, require_causal
-from truetune.models.precision import keep_sums_in_fp32
+from truetune.models.precision import keep_sums_in_fp32, keep_trained_in_bf16
 from truetune.models.route import choose_route, sharing_disproof
 from truetune.models.router import Router, choose_router, has_router_loss
 from truetune.models.small import positions_of, takes_more_positions
@@ -190,12 +191,13 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     if device.type == "cpu":
         keep_memory()
     install(chosen_for(device))
-    dtype = pick_dtype(recipe.model.precision, device)
+    low = recipe.model.weights == "bf16"
+    dtype = pick_dtype("bf16" if low else recipe.model.precision, device)
     adapter, base = recipe.adapter, recipe.model.base
     if base:
         require_able(base, device)
-    # A trained weight is kept in fp32, whatever it is computed in: bf16 would round its updates away.
-    stored = dtype if adapter.method == "lora" else torch.float32
+    # Else a trained weight is kept in fp32, whatever it is computed in: bf16 would round its updates away.
+    stored = dtype if adapter.method == "lora" or low else torch.float32
     loaded = load(
         recipe.model.path,
         dtype=stored,
@@ -213,6 +215,9 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
     route = choose_route(hf, tail.decoder, recipe.data.max_length)
     torch.manual_seed(recipe.train.seed)
     if adapter.method == "full":
+        if low:
+            keep_sums_in_fp32(hf)
+            keep_trained_in_bf16(hf)
         return loaded, CausalLM(hf, tail, route, dtype)
     options: dict[str, Any] = {
         "rank": adapter.rank,
@@ -230,6 +235,8 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
         model = continued(loaded, tail.head, adapter.path, written)
     if dtype != torch.float32:
         keep_sums_in_fp32(hf)
+    if low:
+        keep_trained_in_bf16(model)
     wrapped = CausalLM(model, tail, route, dtype)
     if base:
         with quiet():
@@ -241,14 +248,14 @@ def build_model(recipe: Recipe) -> tuple[Loaded, CausalLM]:
 def disk_need(job: Job) -> int:
     """Bytes that the run may write: checkpoints as many as are ever there at once, exports, and texts."""
     model, recipe = job.trainer.model, job.recipe
-    trained = sum(p.nbytes for p in model.trainable().values())
+    averages = sum(4 * p.numel() for p in model.trainable().values())
     kept = sum(p.nbytes for p in model.kept().values())
     whole = sum(4 * p.numel() for p in model.parameters())  # fp32, should the base's dtype change its logits
     if model.head.up is not None:  # merged, an adapted head that was tied has a weight of its own
         whole += 4 * model.head.weight.numel()
     lora, merged, gguf = recipe.adapter.method == "lora", recipe.output.merged, recipe.output.gguf is not None
     rule = job.trainer.optimizer
-    moments = state_bytes(rule) + trained * getattr(rule, "averages_weights", False)
+    moments = state_bytes(rule) + averages * getattr(rule, "averages_weights", False)
     checkpoints = recipe.checkpoint.keep + 1 + recipe.checkpoint.keep_best  # one more while it is written
     checkpoints += len(ends_of(job.trainer.schedule))
     weights = (kept + whole * merged if lora else whole) + whole * gguf
@@ -339,9 +346,4 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What matrix products are computed in; "auto" is bfloat16 where the hardware has products for it."""
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities()
-        fast = any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if has_fast_bf16(device) else torch.float32

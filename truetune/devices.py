@@ -16,6 +16,14 @@ def to_device(host: Tensor, device: torch.device | str) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware has products of bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 class Figures:
     """A few numbers that a device is still to compute; ``read`` waits for them, and for nothing after them."""
 

@@ -56,7 +56,12 @@ class Model(Part):
     path: str = Field(min_length=1, description="a Hugging Face folder, a hub id, or a GGUF file (converted once)")
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="bf16: compute in bf16, trained weights in fp32; auto: bf16 where it is fast"
+        "auto", description="bf16: compute in bf16, whatever weights are; auto: bf16 where it is fast"
+    )
+    weights: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="what trained weights are kept in; bf16: half of their memory and their gradients', each update "
+        "rounded stochastically, computed in bf16 too",
     )
     base: Literal["int8", "nf4"] | None = Field(
         None,
@@ -272,6 +277,17 @@ class Recipe(Part):
                 f"({self.train.tokens_per_micro_batch}), so a long row would not fit; raise the latter",
                 "data.max_length",
                 "train.tokens_per_micro_batch",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Recipe:
+        if self.model.weights == "bf16" and self.model.precision == "fp32":
+            raise _conflict(
+                "model.weights=bf16 does not go with model.precision=fp32, which would compute with numbers that the "
+                "weights do not have; set model.precision=bf16, or keep weights in fp32",
+                "model.weights",
+                "model.precision",
             )
         return self
 

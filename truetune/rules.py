@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from truetune import registry
 from truetune.errors import UserError
 from truetune.models.wrap import CausalLM
-from truetune.optim import EMA, KINDS, MUP, OPTIMIZERS, Growth, Mechanic, NaP, kinds_of, parameter_groups
+from truetune.optim import EMA, KINDS, MUP, OPTIMIZERS, Growth, Mechanic, NaP, Rule, kinds_of, parameter_groups
 from truetune.recipe import Recipe
 
 
@@ -25,7 +26,7 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
     if (chosen.mechanic or getattr(rule, "finds_rate", False)) and "rate" not in chosen.model_fields_set:
         raise UserError(f"{finder} finds its rate, and optimizer.rate multiplies it; set it to 1")
     takes = getattr(rule, "takes", None)
-    if takes is None and chosen.takes is not None:
+    if (takes is None or getattr(rule, "probes", False)) and chosen.takes is not None:
         raise UserError(f'optimizer.takes means nothing with optimizer "{chosen.name}", which takes all; remove it')
     if "vectors" in (chosen.takes or ()) and "vectors" not in (takes or KINDS):
         raise UserError(f'optimizer.takes has vectors, but optimizer "{chosen.name}" is for matrices; take it out')
@@ -79,6 +80,8 @@ def _require_fit(rule: Optimizer, recipe: Recipe) -> None:
     """Raise UserError for what means nothing around ``rule``."""
     chosen, train = recipe.optimizer, recipe.train
     name = f'optimizer "{chosen.name}"'
+    if getattr(rule, "probes", False):
+        _require_no_gradients(name, recipe)
     averages, finds, sees = (getattr(rule, trait, False) for trait in ("averages_weights", "finds_rate", "sees_loss"))
     clipping = {"train.clip": train.clip, "train.clip_growth": train.clip_growth}
     key = next((key for key, value in clipping.items() if value is not None), None)
@@ -98,6 +101,28 @@ def _require_fit(rule: Optimizer, recipe: Recipe) -> None:
         )
 
 
+def _require_no_gradients(name: str, recipe: Recipe) -> None:
+    """Raise UserError for a key that is about gradients, or weights found again only nearly."""
+    chosen, train = recipe.optimizer, recipe.train
+    keys: dict[str, object] = {
+        "train.clip": train.clip,
+        "train.clip_growth": train.clip_growth,
+        "train.activation_memory": train.activation_memory,
+        "adapter.dropout": recipe.adapter.dropout,
+        "optimizer.mechanic": chosen.mechanic,
+        "optimizer.ema": chosen.ema,
+        "optimizer.nap": chosen.nap,
+    }
+    if key := next((key for key, value in keys.items() if value), None):
+        mend = f"set {key}=none" if key.startswith("train.") else "remove it"
+        raise UserError(f"{key} means nothing with {name}, which takes no gradients and drops nothing; {mend}")
+    if recipe.model.weights == "bf16":
+        raise UserError(
+            f"model.weights=bf16 does not go with {name}, which moves all weights to and fro and must find them again; "
+            "set model.weights=fp32"
+        )
+
+
 def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], recipe: Recipe) -> Optimizer:
     name = f'optimizer "{recipe.optimizer.name}"'
     try:
@@ -107,5 +132,11 @@ def _built(optimizer: Callable[..., Optimizer], groups: list[dict[str, Any]], re
     if not isinstance(built, Optimizer) or not all("peak" in group for group in built.param_groups):
         raise UserError(
             f"{name} is no torch.optim.Optimizer over the groups that it was given; subclass it, and hand them on"
+        )
+    low = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
+    if low and not isinstance(built, Rule):
+        raise UserError(
+            f"{name} would round what it does to bf16 weights to the nearest, and so lose small updates; make it a "
+            "truetune.optim.Rule, or set model.weights=fp32"
         )
     return built

@@ -147,7 +147,7 @@ def test_what_waits_is_seen(read: Callable[[Tensor], object]) -> None:
         run(trainer, 1)
 
 
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS.keys() - {"mezo"}))  # which draws, as this device can not
 def test_no_rule_waits_once_it_has_begun(optimizer: str) -> None:
     """Beside the look at loss and norm, which all but AdamW need before they move a weight. That torch's own
     decompositions wait inside, as ``eigh`` does on CUDA, does not show here."""

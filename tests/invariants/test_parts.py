@@ -65,7 +65,7 @@ APART = sorted(name for name in OPTIMIZERS if steps_apart(run_of(rule=name).opti
 
 
 def test_rules_whose_parameters_decide_together_step_together() -> None:
-    together = {"dadapt-adam", "dog", "momo", "momo-adam", "prodigy"}
+    together = {"dadapt-adam", "dog", "mezo", "momo", "momo-adam", "prodigy"}
     assert set(OPTIMIZERS) - set(APART) == together
     assert not steps_apart(EMA(OPTIMIZERS["sgd"]([{"params": [torch.zeros(2, requires_grad=True)]}], 1e-3), 0.9))
 

@@ -1,4 +1,5 @@
-"""One lattice over the table of optimizers: each is its paper, resumes, minimises, and takes the memory it says.
+"""One lattice over the table of optimizers: each is its paper, resumes, minimises, and takes the memory it says, with
+weights in fp32 and in bf16.
 
 The paper is ``optimizer_references`` and ``low_rank_references``, in float64.
 """
@@ -26,6 +27,9 @@ from truetune.optim import OPTIMIZERS, SHARED, Rule, averaged, set_rate, take_st
 STEPS = 20
 SHAPES = [(1,), (3,), (7, 5), (5, 7), (1, 6), (6, 1), (2, 3, 4), (7, 5), (5, 7), (3,), (16, 16), (7, 5)]
 """Vectors, wide and tall, of one row, of one column, of three dimensions; several of equal shape."""
+
+RULES = {name: rule for name, rule in OPTIMIZERS.items() if not getattr(rule, "probes", False)}
+"""Those that take gradients; the others are in ``test_zeroth``."""
 
 LOW_RANK = {"rank": 2, "gap": 7, "scale": 0.5, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 OTHERS: dict[str, list[dict[str, Any]]] = {
@@ -79,8 +83,10 @@ RATES: dict[str, float] = {
 }
 """Rule -> a rate that moves weights of size 1 well; 0.05 where there is none."""
 
-CASES = [(name, options) for name in OPTIMIZERS for options in ({}, *OTHERS[name])]
-NAMES = [f"{name}{i if i else ''}" for name in OPTIMIZERS for i in range(1 + len(OTHERS[name]))]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+CASES = [(name, options) for name in RULES for options in ({}, *OTHERS[name])]
+NAMES = [f"{name}{i if i else ''}" for name in RULES for i in range(1 + len(OTHERS[name]))]
 
 
 def weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -156,7 +162,7 @@ def test_a_rule_is_its_paper(name: str, options: dict[str, Any]) -> None:
             assert torch.equal(p.grad, g), "the gradient is the trainer's"
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", RULES)
 def test_every_option_is_tried(name: str) -> None:
     options = registry.user_options("optimizer", name, OPTIMIZERS[name])
     assert set(options) == set().union(*(other.keys() for other in OTHERS[name]))
@@ -170,10 +176,11 @@ def descend(optimizer: torch.optim.Optimizer, parameters: list[Tensor], steps: r
         step(optimizer)
 
 
+@DTYPES
 @pytest.mark.parametrize(("name", "options"), CASES, ids=NAMES)
-def test_a_rule_resumes_bit_for_bit(name: str, options: dict[str, Any]) -> None:
+def test_a_rule_resumes_bit_for_bit(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     """From any step, by torch's own state_dict, into an optimizer that has seen nothing."""
-    straight = [torch.nn.Parameter(x) for x in weights(torch.float32)]
+    straight = [torch.nn.Parameter(x) for x in weights(dtype)]
     optimizer = build(name, straight, **options)
     kept = {}
     for t in range(6):
@@ -181,6 +188,7 @@ def test_a_rule_resumes_bit_for_bit(name: str, options: dict[str, Any]) -> None:
         kept[t + 1] = copy.deepcopy((optimizer.state_dict(), straight))
     for stop in (1, 4):
         state, resumed = copy.deepcopy(kept[stop])
+        torch.rand(1)  # a step draws nothing that another may have drawn
         other = build(name, resumed, **options)
         other.load_state_dict(state)
         descend(other, resumed, range(stop, 6))
@@ -210,10 +218,11 @@ def test_the_order_of_parameters_and_groups_does_not_matter(name: str, options: 
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_rule_minimises(name: str) -> None:
+@DTYPES
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_minimises(name: str, dtype: torch.dtype) -> None:
     """|x|^2 / 2 falls tenfold, at a rate that falls linearly, in the weights that the rule would keep."""
-    parameters = [torch.nn.Parameter(x) for x in weights(torch.float32)[:6]]
+    parameters = [torch.nn.Parameter(x) for x in weights(dtype)[:6]]
     optimizer = build(name, parameters, **({"first": 1e-3} if name == "dog" else {}))  # it takes long to leave 1e-6
     before = sum(float(p.detach().square().sum()) for p in parameters)
     for t in range(150):
@@ -223,16 +232,61 @@ def test_a_rule_minimises(name: str) -> None:
         assert sum(float(p.detach().square().sum()) for p in parameters) < 0.1 * before
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_at_rate_zero_nothing_moves(name: str) -> None:
-    parameters = [torch.nn.Parameter(x) for x in weights(torch.float32)]
+@DTYPES
+@pytest.mark.parametrize("name", RULES)
+def test_at_rate_zero_nothing_moves(name: str, dtype: torch.dtype) -> None:
+    parameters = [torch.nn.Parameter(x) for x in weights(dtype)]
     optimizer = build(name, parameters, **OTHERS[name][0])
     set_rate(optimizer, 0.0)
     descend(optimizer, parameters, range(2))
-    assert all(torch.equal(p, x) for p, x in zip(parameters, weights(torch.float32), strict=True))
+    assert all(torch.equal(p, x) for p, x in zip(parameters, weights(dtype), strict=True))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=NAMES)
+def test_in_bf16_a_rule_stays_near_its_course(name: str, options: dict[str, Any]) -> None:
+    """From the same weights, under the same gradients, as near as so many roundings of one step of bf16 leave it; state
+    and weights have their dtypes."""
+    begin = [x.bfloat16() for x in weights()]
+    low, full = ([torch.nn.Parameter(x.to(dtype)) for x in begin] for dtype in (torch.bfloat16, torch.float32))
+    optimizers = [build(name, parameters, **options) for parameters in (low, full)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.1
+    for t in range(6):
+        for p, q, n in zip(low, full, noise(t), strict=True):
+            g = (q.detach() + n).bfloat16()
+            g = diagonal(g) if t == 0 and name == "soap" else g
+            p.grad, q.grad = g, g.float()
+        for optimizer in optimizers:
+            step(optimizer)
+    assert all(p.dtype == torch.bfloat16 for p in low)
+    x, y = (torch.cat([p.detach().float().flatten() for p in parameters]) for parameters in (low, full))
+    far = (x - y).abs() / y.abs().clamp(min=1.0)
+    assert float(far.max()) < 6 * 2**-7 and float(far.mean()) < 2**-7
+    for state in optimizers[0].state.values():
+        assert not any(tensor.dtype == torch.bfloat16 for tensor in state.values())
+
+
+@pytest.mark.parametrize("weight", [0.75, -0.75])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])
+def test_updates_below_half_a_step_of_bf16_arrive_in_the_mean(name: str, weight: float) -> None:
+    """Together a step of bf16 in a weight of 0.75, a fortieth at a time: to the nearest, nothing would ever move."""
+    ends = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.nn.Parameter(torch.full((96, 96), weight, dtype=dtype))
+        optimizer = build(name, [x])
+        for group in optimizer.param_groups:
+            group |= {"lr": 1e-4 / (0.2 * 96**0.5 if name == "muon" else 1), "weight_decay": 0.0}
+            group |= {"momentum": 0.0} if name == "sgd" else {}
+        for _ in range(40):
+            x.grad = torch.ones_like(x) if name != "muon" else torch.eye(96, dtype=dtype)
+            step(optimizer)
+        ends.append((x.detach().double() - weight).sum().item())
+    count = 96 * 96 if name != "muon" else 96
+    assert abs(ends[0] - ends[1]) < 4 * count**0.5 * 2**-9 and abs(ends[1]) > 0.5 * count * 2**-8
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_an_unknown_option_is_refused_in_one_sentence(name: str) -> None:
     with pytest.raises(UserError, match=f'optimizer "{name}" has no option "momentun"'):
         build(name, [torch.nn.Parameter(torch.ones(2, 2))], momentun=0.9)
@@ -246,7 +300,7 @@ CHOICES = ("nesterov", "convention", "per", "safeguard", "feedback")
     ("name", "option", "value"),
     [
         (name, option, value)
-        for name in OPTIMIZERS
+        for name in RULES
         if name != "adamw"
         for option in registry.user_options("optimizer", name, OPTIMIZERS[name])
         for value in [({"betas": (0.9, 1.0), "momentum": 1.0} | dict.fromkeys(CHOICES)).get(option, -1)]
@@ -273,14 +327,17 @@ def held(optimizer: torch.optim.Optimizer) -> int:
     )
 
 
+@DTYPES
 @pytest.mark.parametrize("shape", [(72, 100), (100, 72), (64, 64)], ids=str)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_state_takes_the_bytes_that_its_docstring_says(name: str, shape: tuple[int, int]) -> None:
-    """Of one fp32 matrix m x n, m <= n, as held in memory after two steps."""
-    parameter = torch.nn.Parameter(torch.randn(shape))
+@pytest.mark.parametrize("name", RULES)
+def test_the_state_takes_the_bytes_that_its_docstring_says(
+    name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Of one matrix m x n, m <= n, as held in memory after two steps."""
+    parameter = torch.nn.Parameter(torch.randn(shape, dtype=dtype))
     optimizer = build(name, [parameter], **({"rank": 64} if "r" in re.findall(r"\w+", formula(name)) else {}))
     for _ in range(2):
-        parameter.grad = torch.randn(shape)
+        parameter.grad = torch.randn(shape, dtype=dtype)
         step(optimizer)
     m, n = sorted(shape)
     assert held(optimizer) == eval(formula(name), {"m": m, "n": n, "r": 64, "ceil": math.ceil})

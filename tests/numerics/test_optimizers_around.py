@@ -119,6 +119,26 @@ def test_matrices_keep_their_lengths_and_vectors_do_not() -> None:
     assert not torch.equal(ps[0].detach(), random(0)[0])
 
 
+def test_in_bf16_lengths_and_averages_are_kept_in_the_mean() -> None:
+    """A norm is brought back by less than a step of bf16 at a time; an average is kept in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(200, 200, generator=generator).bfloat16())
+    length = float(p.detach().float().norm())
+    nap = build("nap", [p], 1e-4)
+    for _ in range(60):
+        p.grad = -p.detach()
+        nap.step()
+    grown = 1 + 60 * 1e-4 * 0.8  # without it
+    assert abs(float(p.detach().float().norm()) / length - 1) < 0.1 * (grown - 1)
+    ema = build("ema", [p], 1e-4)
+    p.grad = torch.ones_like(p)
+    ema.step()
+    (average,) = ema.averages().values()
+    assert average.dtype == torch.float32
+    with averaged(ema):
+        assert torch.equal(p.detach(), average.bfloat16())
+
+
 def test_the_norm_of_all_gradients_grows_by_the_factor_at_most() -> None:
     ps = parameters()
     optimizer, before = build("growth", ps), 0.0
@@ -135,19 +155,21 @@ def test_the_norm_of_all_gradients_grows_by_the_factor_at_most() -> None:
 
 
 @pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("rule", ["adamw", "muon", "adamw-8bit"])
+@pytest.mark.parametrize("rule", ["adamw", "muon", "adamw-8bit", "adamw in bf16"])
 def test_it_resumes_bit_for_bit(around: str, rule: str) -> None:
+    rule, _, low = rule.partition(" in ")
+    dtype = torch.bfloat16 if low else torch.float32
     if rule == "muon":
-        made = [p for p in parameters(torch.float32) if p.ndim > 1]
+        made = [p for p in parameters(dtype) if p.ndim > 1]
         shapes = [i for i, shape in enumerate(SHAPES) if len(shape) > 1]
     else:
-        made, shapes = parameters(torch.float32), list(range(len(SHAPES)))
+        made, shapes = parameters(dtype), list(range(len(SHAPES)))
 
     def go(optimizer: torch.optim.Optimizer, ps: list[torch.nn.Parameter], steps: range) -> None:
         for t in steps:
             noise = random(1000 + t)
             for p, i in zip(ps, shapes, strict=True):
-                p.grad = None if t % 3 == 1 and i in (1, 4) else p.detach() + noise[i].float()
+                p.grad = None if t % 3 == 1 and i in (1, 4) else p.detach() + noise[i].to(dtype)
             optimizer.step()
 
     optimizer = build(around, made, rule=rule)

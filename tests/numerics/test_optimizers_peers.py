@@ -1,9 +1,8 @@
 """Optimizers against other packages that have the same rule: the same weights over twenty steps, in float64.
 
-Rules without an equal here differ from what there is: NAdam of torch has a momentum of its own schedule; ``torch.optim.
-Muon`` multiplies in bfloat16; Shampoo is not one algorithm; DoG averages in another object. Options make peers equal
-where their defaults are others. Low-rank peers count the steps to the next projection from another step, so that here
-there is one.
+Rules without an equal here differ from what there is: NAdam of torch has a momentum of its own schedule; Shampoo is not
+one algorithm; DoG averages in another object. Options make peers equal where their defaults are others. Low-rank peers
+count the steps to the next projection from another step, so that here there is one.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import pytest
 import pytorch_optimizer
 import schedulefree
 import torch
+from optimizer_references import newton_schulz
 from torch import Tensor
 
 from truetune.optim import OPTIMIZERS, averaged, take_step
@@ -95,6 +95,35 @@ def test_a_rule_is_that_of_another_package(case: str) -> None:
         for p, q in zip(ours, theirs, strict=True):
             bound = 1e-6 if case in FP32 else 1e-9
             torch.testing.assert_close(p, q, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize(("scale", "theirs_is"), [("rms", "match_rms_adamw"), ("spectral", "original")])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("product", ["float64", "bfloat16"])
+def test_muon_is_that_of_torch(
+    scale: str, theirs_is: str, nesterov: bool, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's multiplies in bfloat16 whatever the weights are. With its products in float64 both are the same; as it
+    is, it differs by what that rounds, a hundredth or so of how far the weights have moved."""
+    if product == "float64":
+        theirs_in_full = "torch.optim._muon._zeropower_via_newtonschulz"
+        monkeypatch.setattr(theirs_in_full, lambda update, _coefficients, rounds, _eps: newton_schulz(update, rounds))
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in MATRICES]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    one = OPTIMIZERS["muon"](
+        [{"params": ours, "lr": RATE, "peak": RATE}], RATE, scale=scale, nesterov=nesterov, weight_decay=0.1
+    )
+    two = torch.optim.Muon(theirs, RATE, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn=theirs_is)
+    for _ in range(20):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            q.grad = p.grad.clone()
+        one.step()
+        two.step()
+    for p, q, x in zip(ours, theirs, start, strict=True):
+        apart = float((p - q).detach().norm() / (p - x).detach().norm())
+        assert apart < 1e-9 if product == "float64" else 1e-4 < apart < 2e-2
 
 
 @pytest.mark.parametrize("name", ["momo", "momo-adam"])

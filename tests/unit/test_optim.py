@@ -91,10 +91,9 @@ def test_set_rate_keeps_the_ratio_of_the_groups() -> None:
         ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_trained_half_precision_is_refused_and_frozen_is_not(dtype: torch.dtype) -> None:
-    half, single = nn.Parameter(torch.ones(2, 2, dtype=dtype)), nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(UserError, match=r"w is trained in torch\.\w*float16.*keep trained parameters in fp32"):
+def test_trained_fp16_is_refused_and_frozen_is_not() -> None:
+    half, single = nn.Parameter(torch.ones(2, 2, dtype=torch.float16)), nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(UserError, match=r"w is trained in torch\.float16.*keep trained parameters in fp32"):
         parameter_groups([("w", half), ("v", single)], 1e-3)
     half.requires_grad_(False)
     assert len(parameter_groups([("w", half), ("v", single)], 1e-3)) == 1

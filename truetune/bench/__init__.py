@@ -96,6 +96,19 @@ def compare_optimizers(
         optimize(Asked(workload or "text", methods or [], tokens, hours, to), picture)
 
 
+@app.command("steps")
+def time_steps(
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this rule; may be repeated.")] = None,
+    layers: Annotated[int, typer.Option(min=1, max=30, metavar="N", help="Layers, of the model's 30.")] = 30,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of each.")] = 7,
+    to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the raw samples there, as JSON.")] = None,
+) -> None:
+    """Time one optimizer step on the weights of a 135 M model, against public implementations of the same rule."""
+    from truetune.bench.steps import write
+
+    write(only or [], layers, repeats, to)
+
+
 @app.command("table")
 def show_table(
     results: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What bench training wrote.")],

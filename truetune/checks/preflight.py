@@ -25,7 +25,7 @@ from truetune.models.base import judged_base
 from truetune.models.load import Loaded
 from truetune.models.wrap import CausalLM
 from truetune.optim import enough, set_rate, take_step
-from truetune.training.gradient import accumulate
+from truetune.training.gradient import accumulate, differentiate, mean_loss, norms_of
 from truetune.training.integrity import fingerprints, integrity
 from truetune.training.record import Checks, Verdict
 from truetune.training.trainer import Trainer
@@ -49,7 +49,7 @@ class Preflight:
         verdicts = [trainable(trainer.model), targets(documents), stops(trainer.documents, self.stop_ids)]
         if all(v.passed for v in verdicts):
             with restored(trainer):
-                verdicts += moved(trainer, documents)
+                verdicts += (probed if _probes(trainer) else moved)(trainer, documents)
                 verdicts += parity(trainer.model, trainer, documents)
                 verdicts += neighbours(trainer.model, trainer, documents)
                 if any(batch.shared for batch in trainer.batches(0)):
@@ -140,6 +140,29 @@ def restored(trainer: Trainer) -> Iterator[None]:
             model.train(training)
 
 
+def _probes(trainer: Trainer) -> bool:
+    """Whether the optimizer takes no gradient: then none is taken here, which would need more memory than its steps."""
+    return bool(getattr(trainer.optimizer, "probes", False))
+
+
+def probed(trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
+    """``moved`` of an optimizer that takes no gradient: one step at the peak rate."""
+    model, batch = trainer.model, Batch.of(documents, trainer.model.device)
+    before = fingerprints(model.model)
+    set_rate(trainer.optimizer, enough(trainer.optimizer))
+    loss = differentiate(trainer.optimizer, model, trainer.objective, [batch]).total
+    norm, _ = norms_of(trainer.optimizer, list(model.trainable().values()))
+    slope = Verdict(
+        "the slope along a random direction is finite",
+        bool(norm.isfinite()),
+        f"loss {float(loss):.4f}, estimate of norm {float(norm):.1e}; no gradient is taken, so none is checked",
+        "a NaN wants a smaller optimizer.radius or another precision",
+    )
+    if slope.passed:
+        take_step(trainer.optimizer, loss)
+    return [slope, *integrity(model.model, before)] if slope.passed else [slope]
+
+
 def moved(trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
     """Take two steps at the peak rate, after those that the optimizer waits: gradients where they can be, movement
     where it must be."""
@@ -152,7 +175,7 @@ def moved(trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
     finite = True
     for _ in range(2 + getattr(trainer.optimizer, "waits", 0)):
         trainer.model.zero_grad(set_to_none=True)
-        loss = accumulate(model, trainer.objective, [batch]).total
+        loss = differentiate(trainer.optimizer, model, trainer.objective, [batch]).total
         for name, p in model.trainable().items():
             finite = finite and (p.grad is None or bool(torch.isfinite(p.grad).all()))
             seen[name] = seen.get(name, False) or (p.grad is not None and bool(p.grad.any()))
@@ -243,7 +266,7 @@ def neighbours(model: CausalLM, trainer: Trainer, documents: Sequence[Document])
         worst_loss = max(worst_loss, off(got, loss))
         worst_gradient = max(worst_gradient, distance(g, gradient))
     advice = "documents leak into each other; please report the model's config"
-    return _unchanged("neighbours do not change my", model.dtype, worst_loss, worst_gradient, advice)
+    return _unchanged("neighbours do not change my", model.dtype, worst_loss, worst_gradient, advice, _probes(trainer))
 
 
 def shared_prefix(model: CausalLM, trainer: Trainer) -> list[Verdict]:
@@ -257,11 +280,15 @@ def shared_prefix(model: CausalLM, trainer: Trainer) -> list[Verdict]:
     loss, gradient = _mine(model, trainer, pair)
     got, g = _mine(model, trainer, pair, shares=True)
     advice = "set TRUETUNE_OFF=shared_prefixes to train without it, and please report the model's config"
-    return _unchanged("shared prefixes do not change the", model.dtype, off(got, loss), distance(g, gradient), advice)
+    found = off(got, loss), distance(g, gradient)
+    return _unchanged("shared prefixes do not change the", model.dtype, *found, advice, _probes(trainer))
 
 
-def _unchanged(what: str, dtype: torch.dtype, loss: float, gradient: float, advice: str) -> list[Verdict]:
-    figures = (("loss", loss, LOSS_BOUND[dtype]), ("gradient", gradient, GRADIENT_BOUND[dtype]))
+def _unchanged(
+    what: str, dtype: torch.dtype, loss: float, gradient: float, advice: str, without: bool
+) -> list[Verdict]:
+    """without: whether no gradient was taken, of which then nothing is said."""
+    figures = (("loss", loss, LOSS_BOUND[dtype]), ("gradient", gradient, GRADIENT_BOUND[dtype]))[: 1 if without else 2]
     return [
         Verdict(f"{what} {name}", found <= bound, f"{found:.1e} relative, bound {bound:.0e}", advice)
         for name, found, bound in figures
@@ -272,7 +299,10 @@ def _mine(
     model: CausalLM, trainer: Trainer, pack: Sequence[Document], shares: bool = False
 ) -> tuple[float, list[Tensor | None]]:
     trainer.model.zero_grad(set_to_none=True)
-    loss = float(accumulate(model, trainer.objective, [Batch.of(pack, model.device, shares)]))
+    batches = [Batch.of(pack, model.device, shares)]
+    if _probes(trainer):
+        return float(mean_loss(model, trainer.objective, batches)), []
+    loss = float(accumulate(model, trainer.objective, batches))
     return loss, [p.grad for p in model.trainable().values()]  # the next one gets tensors of its own
 
 

@@ -1,11 +1,10 @@
-"""One AdamW step of many tensors (Loshchilov & Hutter 2017, arXiv 1711.05101), and stochastic rounding to bf16.
+"""One AdamW step of many tensors (Loshchilov & Hutter 2017, arXiv 1711.05101), rounded stochastically in bf16.
 
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
     p <- p (1 - rate decay) - rate m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-An update below half a step of bf16 is lost by rounding to the nearest. Stochastic rounding takes the upper neighbour
-with the probability that keeps the mean (Gupta et al. 2015, arXiv 1502.02551). Which one it takes differs between
-reference and kernel, whose random numbers differ; both repeat for the same seed.
+What a rounding takes (``kernels.rounding``) differs between reference and kernel, whose random numbers differ; both
+repeat for the same seed.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from truetune.kernels.op import Op, statistics_dtype
+from truetune.kernels.rounding import stochastic
 
 
 @Op
@@ -43,12 +43,4 @@ def adamw(
         denominator = (v / (1 - second**step)).sqrt_().add_(eps)
         wide = p.to(statistics_dtype(p.dtype)) * (1 - rate * weight_decay)
         wide.addcdiv_(m, denominator, value=-rate / (1 - first**step))
-        p.copy_(wide if seed is None or p.dtype != torch.bfloat16 else _stochastic(wide, seed + number))
-
-
-def _stochastic(wide: Tensor, seed: int) -> Tensor:
-    """fp32 -> bf16 by adding 16 random bits below the last that is kept, and cutting off."""
-    generator = torch.Generator(wide.device).manual_seed(seed)
-    noise = torch.randint(0, 1 << 16, wide.shape, dtype=torch.int32, generator=generator, device=wide.device)
-    cut = ((wide.view(torch.int32) + noise) & -65536).view(torch.float32)
-    return torch.where(wide.isfinite(), cut, wide).to(torch.bfloat16)
+        p.copy_(wide if seed is None or p.dtype != torch.bfloat16 else stochastic(wide, seed + number))

@@ -16,8 +16,9 @@ from truetune.optim.low_rank import Apollo, Fira, GaLore
 from truetune.optim.matrix import SOAP, Muon, Shampoo
 from truetune.optim.model_based import MoMo, MoMoAdam
 from truetune.optim.rate_free import DAdaptAdam, DoG, Prodigy
-from truetune.optim.rule import AROUND, SHARED, Rule, averaged, averages, take_averages
+from truetune.optim.rule import AROUND, SHARED, Rule, averaged, averages, take_averages, total_norm
 from truetune.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
+from truetune.optim.zeroth import MeZO
 
 __all__ = [
     "AROUND",
@@ -41,6 +42,7 @@ __all__ = [
     "steps_apart",
     "take_averages",
     "take_step",
+    "total_norm",
 ]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -67,6 +69,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "prodigy": Prodigy,
     "momo": MoMo,
     "momo-adam": MoMoAdam,
+    "mezo": MeZO,
 }
 
 

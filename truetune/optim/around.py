@@ -11,11 +11,12 @@ from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from truetune.kernels.op import statistics_dtype
 from truetune.optim.low_rank import limit_growth
-from truetune.optim.rule import AROUND, SHARED, Rule, State, averages
+from truetune.optim.rule import AROUND, SHARED, Rule, State, averages, narrow, total_norm, wide
 
 Kept = dict[Tensor, State]
 
@@ -99,7 +100,9 @@ def state_bytes(optimizer: Optimizer) -> int:
     """``Rule.state_bytes`` of any optimizer; of one that is no rule, two moments of each parameter."""
     if isinstance(optimizer, Rule):
         return optimizer.state_bytes()
-    return 2 * sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+    return 2 * sum(
+        p.numel() * statistics_dtype(p.dtype).itemsize for group in optimizer.param_groups for p in group["params"]
+    )
 
 
 class Mechanic(Around):
@@ -118,7 +121,7 @@ class Mechanic(Around):
     first, decay, eps, count = 1e-6, 1e-2, 1e-8, 6
 
     def start(self, x: Tensor, group: dict[str, Any]) -> State:
-        return {"x0": x.detach().clone(), "D": torch.zeros_like(x)}
+        return {"x0": wide(x).clone(), "D": torch.zeros_like(wide(x))}
 
     def before(self, kept: Kept, joint: State) -> None:
         if not kept:
@@ -131,7 +134,7 @@ class Mechanic(Around):
         b = 1 - 0.1 ** torch.arange(1, self.count + 1, dtype=s.dtype, device=s.device)
         scale = s.sum()
         gradients = [p.grad for p in xs if p.grad is not None]
-        length, size = (nn.utils.get_total_norm(tensors).to(s) for tensors in (gradients, xs))
+        length, size = (total_norm(tensors).to(s) for tensors in (gradients, xs))
         pull = self.decay * scale * length / (size + self.eps)
         moved = scale / (scale + self.eps)
         h = torch.zeros_like(scale)
@@ -150,7 +153,7 @@ class Mechanic(Around):
     def after(self, kept: Kept, joint: State) -> None:
         for x, state in kept.items():
             state["D"].add_(x)
-            x.copy_(state["x0"] + joint["s"].sum() * state["D"])
+            x.copy_(state["x0"] + joint["s"].sum() * state["D"])  # to the nearest: the sum is kept in full
 
 
 class EMA(Around):
@@ -168,12 +171,13 @@ class EMA(Around):
         self.decay = decay
 
     def start(self, x: Tensor, group: dict[str, Any]) -> State:
-        return {"average": x.detach().clone()}
+        return {"average": wide(x).clone()}
 
     def after(self, kept: Kept, joint: State) -> None:
         steps = joint["steps"] = joint.get("steps", torch.zeros(())).cpu() + 1  # the host must know it
         share = (1 - self.decay) / (1 - self.decay ** int(steps))
-        torch._foreach_lerp_([state["average"] for state in kept.values()], list(kept), share)
+        for x, state in kept.items():
+            state["average"].lerp_(wide(x), share)
 
     def averages(self) -> dict[Tensor, Tensor]:
         kept, _ = self._lend()
@@ -197,15 +201,21 @@ class NaP(Around):
 
     def start(self, x: Tensor, group: dict[str, Any]) -> State:
         is_matrix = any(x is matrix for matrix in self.matrices)
-        return {"length": torch.linalg.matrix_norm(x.detach(), keepdim=True)} if is_matrix else {}
+        return {"length": torch.linalg.matrix_norm(wide(x), keepdim=True)} if is_matrix else {}
 
     def after(self, kept: Kept, joint: State) -> None:
-        for x, state in kept.items():
-            now = torch.linalg.matrix_norm(x, keepdim=True)
-            x.mul_(torch.where((now > 0) & (state["length"] > 0), state["length"] / now, 1.0))
+        for place, (x, state) in enumerate(kept.items()):
+            new = wide(x)
+            now = torch.linalg.matrix_norm(new, keepdim=True)
+            new.mul_(torch.where((now > 0) & (state["length"] > 0), state["length"] / now, 1.0))
+            if new.dtype != x.dtype:  # by another seed than the rule's
+                steps = int(self.inner.state[x]["step"])
+                x.copy_(narrow(new, x.dtype, -1 - steps * len(kept) - place))
 
     def state_bytes(self) -> int:
-        return sum(x[..., :1, :1].nbytes for x in self.matrices) + state_bytes(self.inner)
+        return sum(x[..., 0, 0].numel() * statistics_dtype(x.dtype).itemsize for x in self.matrices) + state_bytes(
+            self.inner
+        )
 
 
 class Growth(Around):
@@ -225,7 +235,7 @@ class Growth(Around):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             return
-        norm = nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         factor = limit_growth(norm, joint.get("norm", torch.zeros_like(norm)), self.growth)
-        torch._foreach_div_(gradients, factor.to(gradients[0].dtype))
+        torch._foreach_div_(gradients, factor)
         joint["norm"] = norm / factor

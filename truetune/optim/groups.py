@@ -9,8 +9,9 @@ muP (Yang et al. 2022, arXiv 2203.03466): of a model m times as wide as the one 
 and the head learn m times slower, under rules whose steps have the size of the rate. Left out: the rest of muP, which
 is the model's: initial weights of variance 1 / width (1 / width^2 in the head), and the scale of attention.
 
-Trained parameters are fp32 whatever the model computes in (bf16 goes through autocast): in bf16 an update
-below about 1/512 of the weight would be rounded away, and training would stall in silence.
+Trained parameters are fp32 whatever the model computes in (bf16 goes through autocast), or bf16 under a rule that
+rounds stochastically: rounded to the nearest, an update below about 1/512 of the weight would be lost, and training
+would stall in silence.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ def parameter_groups(
     that must not decay (biases and tensors of one dimension or none, so norms) have ``weight_decay`` 0; the
     others leave it to the optimizer. With a ratio of 1 there are at most two: "weights" and
     "weights_no_decay". Neither groups nor their order depend on the order of ``named_parameters``.
-    Raises UserError if nothing requires a gradient, if a parameter that does is bf16 or fp16, or for a ratio
-    without any LoRA parameter.
+    Raises UserError if nothing requires a gradient, if a parameter that does is fp16, or for a ratio without any
+    LoRA parameter.
     """
     trained = sorted(((n, p) for n, p in named_parameters if p.requires_grad), key=lambda pair: pair[0])
     if not trained:
         raise UserError("no parameter requires a gradient; add an adapter or unfreeze the model")
     for name, parameter in trained:
-        if parameter.dtype in (torch.bfloat16, torch.float16):
+        if parameter.dtype == torch.float16:
             raise UserError(
                 f"{name} is trained in {parameter.dtype}, so small updates are "
                 "rounded away; keep trained parameters in fp32 and compute under torch.autocast"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from truetune.devices import has_fast_bf16
 from truetune.kernels.newton_schulz import newton_schulz
 from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
 
@@ -18,10 +19,10 @@ from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
 def orthogonalize(x: Tensor, rounds: int = 5) -> Tensor:
     """The nearest matrices with equal singular values, roughly, of [..., m, n] (``kernels.newton_schulz``).
 
-    In bf16 on a GPU, where the paper's runs were, and in the dtype of ``x`` elsewhere.
+    Of fp32, in bf16 where that is fast, as the paper's runs were: the iterations correct themselves.
     """
     flat = x.reshape(-1, *x.shape[-2:])
-    flat = flat.bfloat16() if flat.is_cuda and flat.dtype == torch.float32 else flat
+    flat = flat.bfloat16() if flat.dtype == torch.float32 and has_fast_bf16(flat.device) else flat
     return newton_schulz(flat, rounds).to(x.dtype).reshape(x.shape)
 
 

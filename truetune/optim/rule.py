@@ -6,14 +6,16 @@ equal shape one batched product. A large tensor is a stack of its own, seen in p
 stacked in memory and each parameter's is a view of it, while weights and gradients are copied together.
 
 Parameters that a rule does not take (``takes``; groups marked ``rest``) are updated by AdamW at its defaults, in the
-same optimizer. Equations use the names of the field: x weights, g gradient, m and v moments, t the number of the step,
-from 1. Left out: closures that are called more than once, sparse and complex tensors.
+same optimizer. Weights in bf16 and their gradients are seen in fp32, the state is fp32, and what comes of a step is
+rounded stochastically (``kernels.rounding``), by the number of the step and the parameter's place. Equations use the
+names of the field: x weights, g gradient, m and v moments, t the number of the step, from 1. Left out: closures that
+are called more than once, sparse and complex tensors.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -23,6 +25,9 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw as adamw_
 
 from truetune.errors import UserError
+from truetune.kernels.adamw import adamw
+from truetune.kernels.op import statistics_dtype
+from truetune.kernels.rounding import stochastic
 from truetune.optim.groups import KINDS
 
 Groups = list[dict[str, Any]]
@@ -62,6 +67,7 @@ class Rule(Optimizer):
     waits: steps at the beginning that only gather what it needs and move nothing.
     averages_weights: whether there are ``averages``. finds_rate: whether the rate only multiplies what it finds.
     sees_loss: whether ``step`` needs a closure that returns the loss of the gradients, which is then ``loss``.
+    probes: whether it takes no gradients, but has ``probe`` called with a function that computes the loss.
     Raises UserError for an option out of its range.
     """
 
@@ -70,6 +76,7 @@ class Rule(Optimizer):
     averages_weights: bool = False
     finds_rate: bool = False
     sees_loss: bool = False
+    probes: bool = False
     loss: Any = None
 
     def __init__(self, groups: Groups, rate: float, **options: Any) -> None:
@@ -106,35 +113,43 @@ class Rule(Optimizer):
         self.prepare()
         for x, g, t, state, group in self.stacks():
             self.update(x, g, t, state, group)
+        for x, g, t, state, group in self.stacks(rest=True):
+            adamw_step(x, g, t, state, group)
         self._update_rest()
         return loss
 
-    def stacks(self) -> Iterator[Stack]:
-        """Every stack with a gradient; what is done to one is written back before the next."""
+    def stacks(self, rest: bool = False) -> Iterator[Stack]:
+        """Every stack with a gradient; what is done to one is written back before the next.
+
+        rest: of what the rule does not take, that which torch's AdamW can't update.
+        """
+        places = {p: place for place, p in enumerate(p for group in self.param_groups for p in group["params"])}
         for group in self.param_groups:
-            if group["rest"]:
-                continue
             alike: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and group["rest"] == rest and not _is_torchs(p, group):
                     alike[p.shape, p.dtype, p.device, int(self.state[p]["step"])].append(p)
             for (shape, _, device, t), parameters in alike.items():
                 most = max(1, STACKED.get(device.type, STACKED["cpu"]) // max(1, shape.numel()))
                 for first in range(0, len(parameters), most):
-                    yield from self._stack(parameters[first : first + most], t, group)
+                    seed = t * len(places) + places[parameters[first]]
+                    yield from self._stack(parameters[first : first + most], t, group, seed)
 
-    def _stack(self, parameters: list[Tensor], t: int, group: dict[str, Any]) -> Iterator[Stack]:
-        x = _together([p.detach() for p in parameters])
-        g = _together([p.grad for p in parameters if p.grad is not None])
+    def _stack(self, parameters: list[Tensor], t: int, group: dict[str, Any], seed: int) -> Iterator[Stack]:
+        kept = _together([p.detach() for p in parameters])
+        x, g = wide(kept), wide(_together([p.grad for p in parameters if p.grad is not None]))
         states = [self.state[p] for p in parameters]
         names = [name for name in states[0] if name != "step" and not name.startswith(SHARED)]
-        state = {name: _together([own[name] for own in states]) for name in names} or self.start(x, group)
+        state = {name: _together([own[name] for own in states]) for name in names} or self._start(x, group)
         yield x, g, t, state, group
-        if len(parameters) > 1:
-            torch._foreach_copy_(parameters, list(x.unbind()))
+        if len(parameters) > 1 or x is not kept:
+            torch._foreach_copy_(parameters, list(narrow(x, kept.dtype, seed).unbind()))
         for name, tensor in state.items():
             for own, part in zip(states, tensor.unbind(), strict=True):
                 own[name] = part
+
+    def _start(self, x: Tensor, group: dict[str, Any]) -> State:
+        return moments(x) if group["rest"] else self.start(x, group)
 
     def shared(self, **initial: float) -> State:
         """Numbers that all parameters share, by name, as float64 tensors without a dimension."""
@@ -150,7 +165,7 @@ class Rule(Optimizer):
         counts = []
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and not group["rest"]:
+                if p.grad is not None and not _is_torchs(p, group):
                     state = self.state[p]
                     state["step"] = state["step"].cpu() if "step" in state else torch.zeros(())
                     counts.append(state["step"])
@@ -160,11 +175,10 @@ class Rule(Optimizer):
     def _update_rest(self) -> None:
         """AdamW, torch's fused step, for the groups that the rule does not take."""
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None and group["rest"]]
+            parameters = [p for p in group["params"] if p.grad is not None and _is_torchs(p, group)]
             for p in parameters:
                 if "step" not in self.state[p]:
-                    self.state[p] |= {"step": torch.zeros((), device=p.device)}
-                    self.state[p] |= {key: torch.zeros_like(p) for key in ("m", "v")}
+                    self.state[p] |= {"step": torch.zeros((), device=p.device)} | moments(p)
             if parameters:
                 adamw_(
                     parameters,
@@ -196,9 +210,14 @@ class Rule(Optimizer):
         total = 0
         for group in self.param_groups:
             for p in group["params"]:
-                meta = torch.empty((1, *p.shape), dtype=p.dtype, device="meta")
-                total += 2 * p.nbytes if group["rest"] else sum(s.nbytes for s in self.start(meta, group).values())
+                meta = torch.empty((1, *p.shape), dtype=statistics_dtype(p.dtype), device="meta")
+                total += sum(tensor.nbytes for tensor in self._start(meta, group).values())
         return total
+
+
+def _is_torchs(p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether torch's AdamW updates ``p``, which rounds to the nearest."""
+    return bool(group["rest"]) and p.dtype != torch.bfloat16
 
 
 def _together(tensors: list[Tensor]) -> Tensor:
@@ -244,6 +263,45 @@ def _take(weights: dict[Tensor, Tensor]) -> None:
 
 
 # What equations are made of.
+
+
+def wide(x: Tensor) -> Tensor:
+    """What a rule computes with: ``x`` itself, or in fp32 where it is less."""
+    return x.detach().to(statistics_dtype(x.dtype))
+
+
+def narrow(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """The other way: to bf16 stochastically, by ``seed``."""
+    return stochastic(x, seed) if dtype == torch.bfloat16 else x.to(dtype)
+
+
+def moments(x: Tensor) -> State:
+    """Adam's, before its first step."""
+    return {"m": torch.zeros_like(x), "v": torch.zeros_like(x)}
+
+
+def adamw_step(
+    x: Tensor,
+    g: Tensor,
+    t: int,
+    state: State,
+    group: dict[str, Any],
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> None:
+    """One step of a stack by AdamW, at the group's rate and decay."""
+    rate, weight_decay = group["lr"], group.get("weight_decay", 0.0)
+    options: dict[str, Any] = {"rate": rate, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": t}
+    adamw([x], [g], [state["m"]], [state["v"]], **options)
+
+
+def total_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """Norm of all together, in fp32 at least, a tensor without a dimension."""
+    alike: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        alike[tensor.dtype].append(tensor)
+    each = [n for dtype, ts in alike.items() for n in torch._foreach_norm(ts, order, statistics_dtype(dtype))]
+    return torch.linalg.vector_norm(torch.stack(each), order) if each else torch.zeros(())
 
 
 def decay(x: Tensor, group: dict[str, Any]) -> None:

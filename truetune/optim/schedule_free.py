@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truetune.optim.rule import Betas, Groups, Rule, State, over, require
+from truetune.optim.rule import Betas, Groups, Rule, State, over, require, wide
 
 
 class ScheduleFree(Rule):
@@ -44,7 +44,7 @@ class ScheduleFree(Rule):
 
     def averages(self) -> dict[Tensor, Tensor]:
         return {
-            y: y.lerp(self.state[y]["z"], 1 - 1 / self.between(group))
+            y: wide(y).lerp(self.state[y]["z"], 1 - 1 / self.between(group))
             for group in self.param_groups
             for y in group["params"]
             if "z" in self.state[y]

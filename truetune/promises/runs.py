@@ -19,7 +19,7 @@ from truetune.optim import set_rate, take_step
 from truetune.promises.ground import STEPS, Ground, shortened
 from truetune.report.folder import Run
 from truetune.training.checkpoint import Checkpoints
-from truetune.training.gradient import accumulate, clip, norm_of
+from truetune.training.gradient import clip, differentiate, norm_of
 from truetune.training.integrity import fingerprints
 from truetune.training.record import Step, Verdict
 from truetune.training.trainer import Trainer
@@ -116,7 +116,7 @@ def _moved_at_rate_zero(trainer: Trainer) -> int:
     model = trainer.model
     before = fingerprints(model.model)
     set_rate(trainer.optimizer, 0.0)
-    loss = accumulate(model, trainer.objective, trainer.batches(0)[:1]).total
+    loss = differentiate(trainer.optimizer, model, trainer.objective, trainer.batches(0)[:1]).total
     take_step(trainer.optimizer, loss)
     after = fingerprints(model.model)
     return sum(after[name] != before[name] for name in before)
@@ -143,7 +143,7 @@ def _learned(trainer: Trainer, batch: Batch, factor: float, plain: bool = False)
         set_rate(optimizer, factor)
         while len(losses) <= FIT_STEPS:
             trainer.model.zero_grad(set_to_none=True)
-            loss = accumulate(trainer.model, trainer.objective, [batch]).total
+            loss = differentiate(optimizer, trainer.model, trainer.objective, [batch]).total
             losses.append(float(loss))
             parameters = list(trainer.model.trainable().values())
             clip(parameters, trainer.clip, norm_of(parameters))

@@ -1,4 +1,4 @@
-"""The gradient of one step, the same however the step is split.
+"""The gradient of one step, or what a rule takes in its place, the same however the step is split.
 
 The denominator is counted over the whole step before the first backward; every micro-batch adds its share
 of one sum. Nothing is averaged twice, so a short last micro-batch weighs what its targets weigh.
@@ -6,16 +6,19 @@ of one sum. Nothing is averaged twice, so a short last micro-batch weighs what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from truetune.data.batch import Batch
 from truetune.errors import UserError
+from truetune.kernels.op import statistics_dtype
 from truetune.models.wrap import CausalLM
 from truetune.objectives import Objective
+from truetune.optim import total_norm
 
 _PIECE = 1 << 20
 """Elements of a gradient that are added up at a time."""
@@ -37,8 +40,39 @@ class Means:
         return float(self.total)
 
 
+def differentiate(optimizer: Optimizer, model: CausalLM, objective: Objective, batches: Sequence[Batch]) -> Means:
+    """What ``optimizer`` steps along: the gradients of the parameters, or the slope that it probes without any.
+
+    Returns the loss; of a slope, the mean of the two that it is found by, without dropout.
+    """
+    if not getattr(optimizer, "probes", False):
+        return accumulate(model, objective, batches)
+    found: list[Means] = []
+
+    def loss() -> Tensor:
+        found.append(mean_loss(model, objective, batches))
+        return found[-1].total
+
+    training = model.training
+    model.eval()
+    optimizer.probe(loss)  # type: ignore[attr-defined]
+    model.train(training)
+    routers = [means.router for means in found if means.router is not None]
+    return Means(torch.stack([m.total for m in found]).mean(), torch.stack(routers).mean() if routers else None)
+
+
 def accumulate(model: CausalLM, objective: Objective, batches: Sequence[Batch]) -> Means:
     """Add the gradient of the mean loss over ``batches`` to the parameters; returns that loss."""
+    return _means(model, objective, batches, Tensor.backward)
+
+
+@torch.no_grad()
+def mean_loss(model: CausalLM, objective: Objective, batches: Sequence[Batch]) -> Means:
+    """The same loss, and no gradient."""
+    return _means(model, objective, batches, lambda share: None)
+
+
+def _means(model: CausalLM, objective: Objective, batches: Sequence[Batch], take: Callable[[Tensor], object]) -> Means:
     denominator = sum(objective.count(batch) for batch in batches)
     if not denominator:
         raise UserError("a step has no target tokens; check data.format and the targets that the report shows")
@@ -46,16 +80,23 @@ def accumulate(model: CausalLM, objective: Objective, batches: Sequence[Batch]) 
     for batch in batches:
         terms = objective(model, batch)
         share = terms.total / denominator
-        share.backward()
+        take(share)
         losses.append(share.detach().double())
         if terms.router is not None:
             router.append(terms.router.double() / denominator)
     return Means(torch.stack(losses).sum(), torch.stack(router).sum() if router else None)
 
 
+def norms_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """L2 and L1 norm of the gradient, or of the estimate that ``optimizer`` has probed."""
+    if getattr(optimizer, "probes", False):
+        return optimizer.lengths  # type: ignore[attr-defined]
+    return norm_of(parameters), l1_of(parameters)
+
+
 def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """L2 norm over all gradients, in the gradients' dtype (fp32 by contract)."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """L2 norm over all gradients, in fp32."""
+    return total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def l1_of(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -66,14 +107,11 @@ def l1_of(parameters: Iterable[nn.Parameter]) -> Tensor:
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if any(g.device.type != "cpu" for g in gradients):  # there it is a tree of sums, and one launch for all
-        return nn.utils.get_total_norm(gradients, 1.0).double()
-    pieces = [piece.abs().sum() for g in gradients for piece in g.flatten().split(_PIECE)]
+        return total_norm(gradients, 1.0).double()
+    pieces = [
+        piece.abs().sum(dtype=statistics_dtype(piece.dtype)) for g in gradients for piece in g.flatten().split(_PIECE)
+    ]
     return torch.stack(pieces).double().sum() if pieces else torch.zeros((), dtype=torch.float64)
-
-
-def norms_of(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """``norm_of`` and ``l1_of``."""
-    return norm_of(parameters), l1_of(parameters)
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float | None, norm: Tensor) -> None:

@@ -38,7 +38,7 @@ from truetune.schedules import Schedule, ends_of
 from truetune.training.checkpoint import Checkpoints
 from truetune.training.evaluate import Evaluator, Sampler
 from truetune.training.failure import keep_failure, require_finite_state
-from truetune.training.gradient import NonFinite, accumulate, clip, norms_of, not_finite, require_finite
+from truetune.training.gradient import NonFinite, clip, differentiate, norms_of, not_finite, require_finite
 from truetune.training.integrity import Fingerprint, fingerprints, integrity
 from truetune.training.parts import PART, by_parts
 from truetune.training.record import BEST_LOST, Alarm, Checks, Evaluation, Record, Samples, Saved, Step, Verdict
@@ -57,8 +57,8 @@ class Halted(BaseException):
 @dataclass(frozen=True)
 class Taken:
     """A step that the device was given. figures: loss with the router loss, router loss (0 without), L2 and L1 norm of
-    the gradient; by_parts: whether weights moved within the backward pass; furthest: rate and planned rate of the group
-    that is furthest from its plan."""
+    the gradient or its estimate; by_parts: whether weights moved within the backward pass; furthest: rate and planned
+    rate of the group that is furthest from its plan."""
 
     step: int
     started: float
@@ -194,9 +194,10 @@ class Trainer:
         after a single step, what had no gradient yet: LoRA's A while B is zero."""
         state, idle = self.optimizer.state, set()
         for name, p in self.model.trainable().items():
-            own = state.get(p, {}).items()
-            moments = [t for key, t in own if key != "step" and not key.startswith((SHARED, AROUND))]
-            if not moments or (self.step == 1 and (bool(self._flat.get(name)) or not any(t.any() for t in moments))):
+            own = {key: t for key, t in state.get(p, {}).items() if not key.startswith((SHARED, AROUND))}
+            moments = [t for key, t in own.items() if key != "step"]
+            still = bool(self._flat.get(name)) or (bool(moments) and not any(t.any() for t in moments))
+            if not own or (self.step == 1 and still):
                 idle.add(name)
         return integrity(self.model.model, self.start, idle)
 
@@ -228,9 +229,9 @@ class Trainer:
         norms: list[tuple[Tensor, Tensor]] = []
         if apart := self._moves_by_parts(batches):
             with by_parts(parameters, lambda part: norms.append(self._move_part(part))):
-                means = accumulate(self.model, self.objective, batches)
+                means = differentiate(self.optimizer, self.model, self.objective, batches)
         else:
-            means = accumulate(self.model, self.objective, batches)
+            means = differentiate(self.optimizer, self.model, self.objective, batches)
             norms.append(self._look(parameters))
         router = torch.zeros_like(means.total) if means.router is None else means.router
         l2, l1 = (torch.stack(each) for each in zip(*norms, strict=True))
@@ -269,7 +270,7 @@ class Trainer:
         if self.step == 0:
             seen = {n: p.grad for n, p in self.model.trainable().items() if p.grad is not None}
             self._flat |= {name: ~g.any() for name, g in seen.items()}
-        return norms_of(parameters)
+        return norms_of(self.optimizer, parameters)
 
     def _move(self, step: Callable[[], object]) -> None:
         """Take the optimizer's ``step``, which a GPU that runs ahead leaves out where ``_held`` says so."""
