@@ -18,7 +18,7 @@ from truetune import spelling
 from truetune.assembly import Job, assemble
 from truetune.training import trainer as training
 from truetune.training.checkpoint import Checkpoints
-from truetune.training.gradient import accumulate
+from truetune.training.gradient import accumulate, differentiate
 from truetune.training.record import Verdict
 
 SPEED = re.compile(r"\d\s*tokens/s|\d\s*targets/s")
@@ -50,7 +50,7 @@ def test_a_nan_stops_the_run_before_a_weight_moves(
             with torch.no_grad():
                 parameter[0, 0] = float("nan")
         else:
-            monkeypatch.setattr(training, "accumulate", lambda *a: poison(accumulate(*a), parameter))
+            monkeypatch.setattr(training, "differentiate", lambda *a: poison(differentiate(*a), parameter))
         planted.append(weights(jobs[0]))
 
     def poison(loss: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -142,14 +142,14 @@ def test_zero_gradients_void_the_run_even_when_it_is_resumed(
     my_model: Path, my_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def vanished(*arguments: Any) -> torch.Tensor:
-        loss = accumulate(*arguments)
-        for p in arguments[0].parameters():
+        loss = differentiate(*arguments)
+        for p in arguments[1].parameters():
             if p.grad is not None:
                 p.grad.zero_()
         return loss
 
     with monkeypatch.context() as patch:
-        at_record(patch, step_is(3), lambda: patch.setattr(training, "accumulate", vanished))
+        at_record(patch, step_is(3), lambda: patch.setattr(training, "differentiate", vanished))
         at_record(patch, step_is(5), lambda: signal.raise_signal(signal.SIGTERM))
         result = invoke("train", *keys(my_model, my_data, tmp_path / "out"))
     assert result.exit_code == 130

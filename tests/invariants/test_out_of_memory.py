@@ -90,7 +90,7 @@ LESS = r"lower train\.tokens_per_micro_batch \(now 240, at least 128\) or set tr
 
 @pytest.mark.parametrize(
     ("where", "name", "after", "steps"),
-    [(Preflight, "__call__", 0, 0), (training, "accumulate", 1, 1), (Evaluator, "__call__", 0, 0)],
+    [(Preflight, "__call__", 0, 0), (training, "differentiate", 1, 1), (Evaluator, "__call__", 0, 0)],
     ids=["preflight", "step", "evaluation"],
 )
 def test_a_run_that_saved_nothing_says_what_to_lower(
@@ -110,7 +110,7 @@ def test_with_less_the_run_goes_on_from_what_was_saved(
 ) -> None:
     folder = tmp_path / "out"
     with monkeypatch.context() as patched:
-        failing(patched, training, "accumulate", SHORTAGES["gpu"][0], after=5)
+        failing(patched, training, "differentiate", SHORTAGES["gpu"][0], after=5)
         result = invoke("train", *keys(my_model, my_data, folder, MORE))
     says = rf"what was saved is intact, so {LESS} in .*recipe\.yaml; go on with: truetune train --resume .*out\n"
     assert result.exit_code == 2 and re.search(says, result.stderr), result.stderr

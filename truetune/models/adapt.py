@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.utils.other import ModulesToSaveWrapper
@@ -32,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from truetune.errors import UserError
 from truetune.kernels import bases
 from truetune.kernels.lora_linear import Layer, lora_linear, lora_linears
+from truetune.kernels.op import compute_dtype, no_autocast, statistics_dtype
 from truetune.models.load import quiet
 from truetune.models.targets import adapted_linears, embeddings_name, in_full, is_tied, shortest
 from truetune.models.together import Together, of_one_input
@@ -40,27 +42,8 @@ START = "start"
 """Name of the frozen adapter that holds where PiSSA began; its scaling is negative."""
 
 
-class PlainLoraLinear(PeftLoraLinear):
-    """PEFT's LoRA layer computed by the reference, in whose sum nothing is rounded before the adapter's part is in it;
-    anything unusual goes PEFT's way."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not self.adapts or type(self.base_layer) is not nn.Linear:
-            return super().forward(x, *args, **kwargs)
-        return lora_linear.reference(x, *self.parts)
-
-    @property
-    def adapts(self) -> bool:
-        return bool(self.active_adapters) and not self.disable_adapters and not self.merged
-
-    @property
-    def parts(self) -> Layer:
-        base = cast(nn.Linear, self.base_layer)
-        return Layer(base.weight, base.bias, *factors(self))
-
-
-class FusedLoraLinear(PlainLoraLinear):
-    """The same with base and adapter computed together.
+class FusedLoraLinear(PeftLoraLinear):
+    """PEFT's LoRA layer with base and adapter computed together; anything unusual goes PEFT's way.
 
     packed: the weight in a few bits, where ``models.base`` put it, and ``whole`` where and in what dtype it is computed
     with otherwise; a copy in float64 is computed with the weight itself.
@@ -78,6 +61,41 @@ class FusedLoraLinear(PlainLoraLinear):
         if self.packed is not None:
             return _compute(x, [self])[0]
         return lora_linear(x, *self.parts)
+
+    @property
+    def adapts(self) -> bool:
+        return bool(self.active_adapters) and not self.disable_adapters and not self.merged
+
+    @property
+    def parts(self) -> Layer:
+        base = cast(nn.Linear, self.base_layer)
+        return Layer(base.weight, base.bias, *factors(self))
+
+
+class _WideLinear(nn.Linear):
+    """A linear layer whose output is not rounded to the dtype that it multiplies in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x, self.weight)
+        x, weight, bias = (
+            None if t is None else t.to(dtype).to(statistics_dtype(dtype)) for t in (x, self.weight, self.bias)
+        )
+        with no_autocast(x):
+            return F.linear(x, weight, bias)
+
+
+class _PlainLoraLinear(PeftLoraLinear):
+    """PEFT's own LoRA layer, but that the base alone is not rounded (``kernels.lora_linear`` says why)."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        if type(base) is not nn.Linear:
+            return super().forward(x, *args, **kwargs)
+        base.__class__ = _WideLinear
+        try:
+            return super().forward(x, *args, **kwargs).to(compute_dtype(x, base.weight))
+        finally:
+            base.__class__ = nn.Linear
 
 
 def _compute(x: Tensor, layers: Sequence[FusedLoraLinear]) -> tuple[Tensor, ...]:
@@ -112,10 +130,10 @@ def fuse(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """LoRA layers computed by plain code, for a while: the reference of the checks."""
+    """LoRA layers computed by PEFT itself, for a while: the reference of the checks."""
     fused: list[nn.Module] = [module for module in model.modules() if type(module) is FusedLoraLinear]
     for module in fused:
-        module.__class__ = PlainLoraLinear
+        module.__class__ = _PlainLoraLinear
     try:
         yield
     finally:

@@ -50,7 +50,7 @@ def _equal(theirs: Turn | None) -> Turn | None:
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if args or kwargs or not _fits(q, k, cos, sin):
             return theirs(q, k, cos, sin, *args, **kwargs)
-        q, k = rope(q[0], k[0], cos[0], sin[0])
+        q, k = rope(q.squeeze(0), k.squeeze(0), cos[0], sin[0])
         return q[None], k[None]
 
     return turn
