@@ -91,3 +91,17 @@ def test_a_frozen_input_leaves_the_other_gradients_as_they_are() -> None:
     assert ours.keys() == plain.keys() == {"losses", "hidden_ND", "up_VR"}
     for name in plain:
         torch.testing.assert_close(ours[name], plain[name])
+
+
+@pytest.mark.parametrize("op", [linear_cross_entropy, linear_cross_entropy.reference], ids=["fused", "reference"])
+def test_what_a_young_adapter_of_the_head_adds_is_not_rounded_away(op: Any) -> None:
+    """A tenth of the step of bf16 on the label's logit lowers the mean loss by its share, (1 - p) of it."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(8192, 64).bfloat16(), torch.randn(64, 64).div(8).bfloat16()
+    labels, low, up = torch.full((8192,), 3), torch.ones(8192, 1).bfloat16(), torch.zeros(64, 1)
+    added = 0.1 * torch.finfo(torch.bfloat16).eps * float((hidden @ weight.T)[:, 3].abs().float().mean())
+    before = op(hidden, weight, labels, low_NR=low, up_VR=up.bfloat16()).losses
+    up[3] = added
+    after = op(hidden, weight, labels, low_NR=low, up_VR=up.bfloat16()).losses
+    expected = added * float((1 - torch.exp(-before)).mean())
+    assert float((before - after).mean()) == pytest.approx(expected, rel=0.2)
