@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from truetune.kernels.lora_linear import Layer, Product, through
+from truetune.kernels.lora_linear import Layer, Product, Ways, one_by_one, through
 from truetune.kernels.native.build import instructions, kernels
 from truetune.kernels.op import Op
 
@@ -83,7 +83,8 @@ def int8_lora_linears(x: Tensor, layers: Sequence[Layer], packed: Sequence[Packe
     packed: ``pack`` of each weight, which the reference does not read. For all but float64. Raises ValueError as
     ``lora_linear`` does.
     """
-    return through(_no_product, x, layers, [_reference(layer.weight) for layer in layers])
+    ahead, back = zip(*(_reference(layer.weight) for layer in layers), strict=True)
+    return through(Ways(ahead, one_by_one(back), holds=True), x, layers)
 
 
 @int8_lora_linears.on("cpu")
@@ -103,13 +104,10 @@ def _compiled(x: Tensor, layers: Sequence[Layer], packed: Sequence[Packed]) -> t
 
         return ahead, back
 
-    outputs = through(_no_product, x, layers, [products(weight) for weight in packed])
+    ahead, back = zip(*map(products, packed), strict=True)
+    outputs = through(Ways(ahead, one_by_one(back), holds=True), x, layers)
     quantized.clear()  # else the graph would keep it
     return outputs
-
-
-def _no_product(*_: Tensor | None) -> Tensor:
-    raise AssertionError("every layer has its own products")
 
 
 def _reference(weight_OI: Tensor) -> tuple[Product, Product]:

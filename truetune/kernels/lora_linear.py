@@ -23,9 +23,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from truetune.kernels.op import Op, compute_dtype, no_autocast
+from truetune.kernels.op import Op, compute_dtype, no_autocast, statistics_dtype
+from truetune.kernels.product import products
 
 Product = Callable[[Tensor, Any, Tensor | None, Tensor, Tensor], Tensor]
+"""(x, W, bias, low, up) -> x W^T + bias + low up^T, all of one dtype."""
+
+
+class Ways(NamedTuple):
+    """How layers of one input are multiplied: ``ahead`` for each its output, ``back`` all of dx.
+
+    back: (dy and W of every layer, s dy B of all [T, S], A of all [S, I]) -> dx. holds: whether both have the weights,
+    and are given None for W.
+    """
+
+    ahead: Sequence[Product]
+    back: Callable[[Sequence[Tensor], Sequence[Any], Tensor, Tensor], Tensor]
+    holds: bool = False
 
 
 class Layer(NamedTuple):
@@ -58,7 +72,7 @@ def lora_linear(
 
 @lora_linear.on("cpu", "cuda")
 def _fused(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-    return through(product, x, [Layer(weight_OI, bias_O, a_RI, b_OR, scaling)])[0]
+    return _together(x, [Layer(weight_OI, bias_O, a_RI, b_OR, scaling)])[0]
 
 
 @Op
@@ -69,28 +83,26 @@ def lora_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 
 @lora_linears.on("cpu", "cuda")
 def _together(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    return through(product, x, layers)
+    return through(Ways([product] * len(layers), _at_once), x, layers)
 
 
 def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_TR: Tensor, up_OR: Tensor) -> Tensor:
-    """low up^T + x W^T, rounded once, + bias."""
-    y_TO = (low_TR @ up_OR.T).addmm_(x_TI, weight_OI.T)
-    return y_TO if bias_O is None else y_TO.add_(bias_O)
+    """x W^T + low up^T + bias."""
+    return products([x_TI, low_TR], [weight_OI, up_OR], bias_O)
 
 
-def through(
-    product: Product, x: Tensor, layers: Sequence[Layer], each: Sequence[tuple[Product, Product]] = ()
-) -> tuple[Tensor, ...]:
-    """The operation over ``product``: (x, W, b, low, up) -> x W^T + b + low up^T, all of one dtype.
+def _at_once(grads: Sequence[Tensor], weights: Sequence[Tensor], grad_low_TS: Tensor, a_SI: Tensor) -> Tensor:
+    return products([*grads, grad_low_TS], [*(weight_OI.T for weight_OI in weights), a_SI.T])
 
-    each: in its place, of every layer one for the output and one for dx, which are given no W.
-    """
+
+def through(ways: Ways, x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """The operation, multiplied in these ways."""
     for layer in layers:
         _require_frozen(layer.weight, layer.bias)
     x_TI = x.reshape(-1, x.shape[-1])
     weights, biases, a, b, scalings = zip(*layers, strict=True)
-    weights = (None,) * len(layers) if each else weights
-    outputs = _LoRALinears.apply((product, each), scalings, x_TI, *weights, *biases, *a, *b)
+    weights = (None,) * len(layers) if ways.holds else weights
+    outputs = _LoRALinears.apply(ways, scalings, x_TI, *weights, *biases, *a, *b)
     # Viewed out here: a view made inside a custom function can't be added to in place, as some models do.
     return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[1]) for y_TO in outputs)
 
@@ -101,26 +113,25 @@ def _require_frozen(weight_OI: Tensor, bias_O: Tensor | None) -> None:
 
 
 class _LoRALinears(torch.autograd.Function):
-    """``apply((product, each), scalings, x_TI, *weights, *biases, *a, *b)``, the last four of each layer."""
+    """``apply(ways, scalings, x_TI, *weights, *biases, *a, *b)``, the last four of each layer."""
 
     @staticmethod
     def forward(
-        ctx: Any, products: tuple[Product, Any], scalings: tuple[float, ...], x_TI: Tensor, *tensors: Tensor | None
+        ctx: Any, ways: Ways, scalings: tuple[float, ...], x_TI: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         weights, biases, a, b = _by_kind(tensors)
-        ctx.products, ctx.scalings, ctx.dtype = products, scalings, x_TI.dtype
+        ctx.ways, ctx.scalings, ctx.dtype = ways, scalings, x_TI.dtype
         ctx.factors = [(f.dtype, f.requires_grad) for f in (*a, *b)]
         dtype = compute_dtype(x_TI, *(weight for weight in weights if weight is not None))
         x_TI = x_TI.to(dtype)
         with no_autocast(x_TI):
             a_SI = torch.cat([f.to(dtype) for f in a])
             ups = [(f * s).to(dtype) for f, s in zip(b, scalings, strict=True)]
-            low_TS = x_TI @ a_SI.T
+            low_TS = products([x_TI], [a_SI])
             lows = low_TS.split([len(f) for f in a], 1)
-            ahead = [first for first, _ in products[1]] or [products[0]] * len(weights)
             outputs = tuple(
                 product(x_TI, _to(dtype, weight), _to(dtype, bias), low_TR, up_OR)
-                for product, weight, bias, low_TR, up_OR in zip(ahead, weights, biases, lows, ups, strict=True)
+                for product, weight, bias, low_TR, up_OR in zip(ways.ahead, weights, biases, lows, ups, strict=True)
             )
         for_a, for_b = (any(f.requires_grad for f in factors) for factors in (a, b))
         ctx.save_for_backward(x_TI if for_a else None, low_TS if for_b else None, a_SI, *weights, *ups)
@@ -134,22 +145,27 @@ class _LoRALinears(torch.autograd.Function):
         weights, ups = tensors[:count], tensors[count:]
         ranks = [up_OR.shape[1] for up_OR in ups]
         for_x, (for_a, for_b) = ctx.needs_input_grad[2], (ctx.factors[:count], ctx.factors[count:])
-        grad_x_TI, grads_a, grads_b = None, [None] * count, [None] * count
+        grad_x_TI: Tensor | None = None
+        grads_a: Sequence[Tensor | None] = [None] * count
+        grads_b: Sequence[Tensor | None] = [None] * count
+        fine = statistics_dtype(a_SI.dtype)
         with no_autocast(a_SI):
             if for_x or x_TI is not None:
-                grad_low_TS = torch.cat([g @ up_OR for g, up_OR in zip(grads, ups, strict=True)], 1)
+                grad_low_TS = torch.cat([products([g], [up_OR.T]) for g, up_OR in zip(grads, ups, strict=True)], 1)
             if for_x:
-                product, each = ctx.products
-                grad_x_TI = _for_x(product, each, grads, weights, grad_low_TS, a_SI).to(ctx.dtype)
+                cast = [_to(a_SI.dtype, weight_OI) for weight_OI in weights]
+                grad_x_TI = ctx.ways.back(grads, cast, grad_low_TS, a_SI).to(ctx.dtype)
             if x_TI is not None:
                 grads_a = [
                     g.to(own) if wanted else None
-                    for g, (own, wanted) in zip((grad_low_TS.T @ x_TI).split(ranks), for_a, strict=True)
+                    for g, (own, wanted) in zip(
+                        products([grad_low_TS.T], [x_TI.T], dtype=fine).split(ranks), for_a, strict=True
+                    )
                 ]
             if low_TS is not None:
                 # low^T dy and not dy^T low: oneDNN takes 0.65 of the time for it where O is large.
                 grads_b = [
-                    (low_TR.T @ g).T.to(own).contiguous().mul_(scaling) if wanted else None
+                    products([low_TR.T], [g.T], dtype=fine).T.to(own).contiguous().mul_(scaling) if wanted else None
                     for low_TR, g, scaling, (own, wanted) in zip(
                         low_TS.split(ranks, 1), grads, ctx.scalings, for_b, strict=True
                     )
@@ -157,25 +173,17 @@ class _LoRALinears(torch.autograd.Function):
         return None, None, grad_x_TI, *[None] * (2 * count), *grads_a, *grads_b
 
 
-def _for_x(
-    product: Product,
-    each: Sequence[tuple[Product, Product]],
-    grads: Sequence[Tensor],
-    weights: Sequence[Any],
-    grad_low_TS: Tensor,
-    a_SI: Tensor,
-) -> Tensor:
-    dtype = a_SI.dtype
-    if not each:
-        grad_x_TI = product(grads[0], weights[0].to(dtype).T, None, grad_low_TS, a_SI.T)
-        for grad_TO, weight_OI in zip(grads[1:], weights[1:], strict=True):
-            grad_x_TI.addmm_(grad_TO, weight_OI.to(dtype))
+def one_by_one(backs: Sequence[Product]) -> Callable[..., Tensor]:
+    """``Ways.back`` of such as hold the weight of one layer each."""
+
+    def back(grads: Sequence[Tensor], _: Sequence[None], grad_low_TS: Tensor, a_SI: Tensor) -> Tensor:
+        grad_x_TI = backs[0](grads[0], None, None, grad_low_TS, a_SI.T)
+        none_TR, none_IR = grad_low_TS[:, :0], a_SI.T[:, :0]
+        for one, grad_TO in zip(backs[1:], grads[1:], strict=True):
+            grad_x_TI += one(grad_TO, None, None, none_TR, none_IR)
         return grad_x_TI
-    grad_x_TI = each[0][1](grads[0], None, None, grad_low_TS, a_SI.T)
-    none_TR, none_IR = grad_low_TS[:, :0], a_SI.T[:, :0]
-    for (_, back), grad_TO in zip(each[1:], grads[1:], strict=True):
-        grad_x_TI += back(grad_TO, None, None, none_TR, none_IR)
-    return grad_x_TI
+
+    return back
 
 
 def _to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from truetune.kernels.lora_linear import Layer, Product, lora_linears, product, through
+from truetune.kernels.lora_linear import Layer, Product, Ways, lora_linears, one_by_one, product, through
 from truetune.kernels.op import Op, compute_dtype
 
 BLOCK = 64
@@ -106,7 +106,8 @@ def nf4_lora_linears(x: Tensor, layers: Sequence[Layer], packed: Sequence[Packed
 
 @nf4_lora_linears.on("cpu", "cuda")
 def _unpacked(x: Tensor, layers: Sequence[Layer], packed: Sequence[Packed]) -> tuple[Tensor, ...]:
-    return through(product, x, layers, [_products(weight) for weight in packed])
+    ahead, back = zip(*map(_products, packed), strict=True)
+    return through(Ways(ahead, one_by_one(back), holds=True), x, layers)
 
 
 def _products(packed: Packed) -> tuple[Product, Product]:

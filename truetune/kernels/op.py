@@ -26,6 +26,7 @@ FAST_PATHS = {
     "native_attention": "attention compiled for this processor; without it torch's own",
     "native_cross_entropy": "the loss of a chunk of logits, and its gradient, in one compiled pass",
     "native_pointwise": "norms, rotary positions and gated activations compiled for this processor",
+    "native_products": "products of bf16 matrices, several added up in one, compiled for this processor",
     "narrow_last_layer": "the last layer computed only where its output is read",
     "step_by_parts": "weights moved within the backward pass, where nothing asks for the whole gradient first",
     "shared_prefixes": "tokens with which several documents of a step begin, computed once for all of them",

@@ -9,11 +9,13 @@ Shape suffixes: T rows of x, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from truetune.kernels.lora_linear import Layer, through
+from truetune.kernels.lora_linear import Layer, Ways, through
 from truetune.kernels.triton.launch import launch
 
 
@@ -58,4 +60,8 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_TR: Ten
 def lora_linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
 ) -> Tensor:
-    return through(_product, x, [Layer(weight_OI, bias_O, a_RI, b_OR, scaling)])[0]
+    return through(Ways([_product], _back), x, [Layer(weight_OI, bias_O, a_RI, b_OR, scaling)])[0]
+
+
+def _back(grads: Sequence[Tensor], weights: Sequence[Tensor], grad_low_TR: Tensor, a_RI: Tensor) -> Tensor:
+    return _product(grads[0], weights[0].T, None, grad_low_TR, a_RI.T)
