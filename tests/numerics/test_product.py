@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from truetune.kernels.native.build import SOURCES, kernels, load
-from truetune.kernels.product import available, computes, products
+from truetune.kernels.product import available, products
 
 compiled_only = pytest.mark.skipif(not available(), reason="this processor does not multiply pairs of bf16")
 SHAPES = [
@@ -113,7 +113,6 @@ def test_bf16_is_compiled_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch)
     x, w = operands((33, (64, 16), 72))
     once, twice = products(x, w), products.reference(x, w)
     assert not torch.equal(once, twice)  # rounded once, and twice
-    assert not computes(x[0].float(), w[0].float())
     monkeypatch.setenv("TRUETUNE_OFF", "native_products")
     assert torch.equal(products(x, w), twice)
 

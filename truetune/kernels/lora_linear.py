@@ -33,12 +33,12 @@ Product = Callable[[Tensor, Any, Tensor | None, Tensor, Tensor], Tensor]
 class Ways(NamedTuple):
     """How layers of one input are multiplied: ``ahead`` for each its output, ``back`` all of dx.
 
-    back: (dy and W of every layer, s dy B of all [T, S], A of all [S, I]) -> dx. holds: whether both have the weights,
-    and are given None for W.
+    back: (dy and W of every layer, s dy B of all [T, S], A of all [S, I], dtype of x) -> dx, in that dtype or that of
+    the products. holds: whether both have the weights, and are given None for W.
     """
 
     ahead: Sequence[Product]
-    back: Callable[[Sequence[Tensor], Sequence[Any], Tensor, Tensor], Tensor]
+    back: Callable[[Sequence[Tensor], Sequence[Any], Tensor, Tensor, torch.dtype], Tensor]
     holds: bool = False
 
 
@@ -91,8 +91,10 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_TR: Tens
     return products([x_TI, low_TR], [weight_OI, up_OR], bias_O)
 
 
-def _at_once(grads: Sequence[Tensor], weights: Sequence[Tensor], grad_low_TS: Tensor, a_SI: Tensor) -> Tensor:
-    return products([*grads, grad_low_TS], [*(weight_OI.T for weight_OI in weights), a_SI.T])
+def _at_once(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], grad_low_TS: Tensor, a_SI: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return products([*grads, grad_low_TS], [*(weight_OI.T for weight_OI in weights), a_SI.T], dtype=dtype)
 
 
 def through(ways: Ways, x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
@@ -154,7 +156,7 @@ class _LoRALinears(torch.autograd.Function):
                 grad_low_TS = torch.cat([products([g], [up_OR.T]) for g, up_OR in zip(grads, ups, strict=True)], 1)
             if for_x:
                 cast = [_to(a_SI.dtype, weight_OI) for weight_OI in weights]
-                grad_x_TI = ctx.ways.back(grads, cast, grad_low_TS, a_SI).to(ctx.dtype)
+                grad_x_TI = ctx.ways.back(grads, cast, grad_low_TS, a_SI, ctx.dtype).to(ctx.dtype)
             if x_TI is not None:
                 grads_a = [
                     g.to(own) if wanted else None
@@ -176,7 +178,7 @@ class _LoRALinears(torch.autograd.Function):
 def one_by_one(backs: Sequence[Product]) -> Callable[..., Tensor]:
     """``Ways.back`` of such as hold the weight of one layer each."""
 
-    def back(grads: Sequence[Tensor], _: Sequence[None], grad_low_TS: Tensor, a_SI: Tensor) -> Tensor:
+    def back(grads: Sequence[Tensor], _: Sequence[None], grad_low_TS: Tensor, a_SI: Tensor, __: torch.dtype) -> Tensor:
         grad_x_TI = backs[0](grads[0], None, None, grad_low_TS, a_SI.T)
         none_TR, none_IR = grad_low_TS[:, :0], a_SI.T[:, :0]
         for one, grad_TO in zip(backs[1:], grads[1:], strict=True):

@@ -26,8 +26,9 @@ def products(
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x_i [T, K_i] and w_i [N, K_i], all of one dtype, in any layout -> y [T, N]. Not differentiable.
+    """x_i [T, K_i] and w_i [N, K_i], of one dtype, in any layout -> y [T, N]. Not differentiable.
 
+    Where ``available``, w_i may be fp32 beside x_i in bf16, to which it is rounded.
     dtype: of y, by default x's. out: filled and returned in place of a new tensor, whose dtype is then y's.
     """
     dtype = out.dtype if out is not None else dtype or x[0].dtype
@@ -48,7 +49,7 @@ def _compiled(
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    if not computes(*x, *w):
+    if not (available() and all(t.dtype == torch.bfloat16 for t in x)):
         return products.reference(x, w, bias_N, dtype, out)
     if out is None:
         out = x[0].new_empty(len(x[0]), len(w[0]), dtype=dtype or x[0].dtype)
@@ -57,12 +58,8 @@ def _compiled(
     return out
 
 
-def computes(*tensors: Tensor) -> bool:
-    """Whether these are multiplied by the library, which may have to be compiled first."""
-    return all(t.dtype == torch.bfloat16 for t in tensors) and available()
-
-
 def available() -> bool:
+    """Whether bf16 is multiplied by the library, which may have to be compiled first."""
     able = "avx512_bf16" in instructions() and "amx_bf16" not in instructions()
     return able and is_on("native_products") and kernels() is not None
 

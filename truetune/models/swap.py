@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import permutations, product
 from typing import Any, NamedTuple, cast
@@ -24,13 +24,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from truetune.kernels.gated import gated
+from truetune.kernels.linear import linears
 from truetune.kernels.native.pointwise import ACTIVATIONS
 from truetune.kernels.proof import no_worse, readout, within
 from truetune.kernels.rms_norm import rms_norm
 from truetune.models.rotary import forward_with_rotary
+from truetune.models.together import Together, of_one_input
 
 Context = Callable[[], contextlib.AbstractContextManager]
 TOKENS = 16
@@ -77,6 +80,36 @@ def swap(model: nn.Module, autocast: Context) -> int:
             module.__class__ = made
             count += 1
     return count
+
+
+def swap_linears(model: PreTrainedModel, head: str) -> int:
+    """Let linear layers that are trained, but for the output layer ``head``, compute by our products, those of one
+    input at once; how many they are."""
+    if not linears.has_equal(model.device):
+        return 0
+    output = model.get_submodule(head)
+    trained = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m.weight.requires_grad}
+    chosen: dict[str, Any] = {n: m for n, m in trained.items() if m is not output}
+    for module in chosen.values():
+        module.__class__, module.together = _OurLinear, None
+    for names in of_one_input(model) if chosen else ():
+        if layers := [chosen[name] for name in names if name in chosen]:
+            together = Together(layers, _linears)
+            for layer in layers:
+                layer.together = together
+    return len(chosen)
+
+
+def _linears(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
+    return linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+
+
+class _OurLinear(Swapped, nn.Linear):
+    plain = nn.Linear
+    together: Together | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.together.output(self, x) if self.together else _linears(x, [self])[0]
 
 
 @contextlib.contextmanager

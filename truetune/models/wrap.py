@@ -26,7 +26,7 @@ from truetune.models.base import original_weights
 from truetune.models.last import narrow
 from truetune.models.recompute import Budget, measured, recomputable
 from truetune.models.route import Route, States, recompute_disproof
-from truetune.models.swap import swap, unswapped
+from truetune.models.swap import swap, swap_linears, unswapped
 from truetune.models.tail import Tail
 
 
@@ -67,6 +67,8 @@ class CausalLM(nn.Module):
         if not route.whole:
             narrow(self.hf.get_submodule(tail.decoder))
         swap(self.hf, self.autocast)
+        if dtype == torch.bfloat16:
+            swap_linears(self.hf, tail.head)
         self.hf.set_attn_implementation(route.attention or route.published)
 
     @property

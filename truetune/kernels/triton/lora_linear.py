@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,5 +64,7 @@ def lora_linear(
     return through(Ways([_product], _back), x, [Layer(weight_OI, bias_O, a_RI, b_OR, scaling)])[0]
 
 
-def _back(grads: Sequence[Tensor], weights: Sequence[Tensor], grad_low_TR: Tensor, a_RI: Tensor) -> Tensor:
+def _back(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], grad_low_TR: Tensor, a_RI: Tensor, _: torch.dtype
+) -> Tensor:
     return _product(grads[0], weights[0].T, None, grad_low_TR, a_RI.T)
