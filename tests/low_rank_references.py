@@ -123,8 +123,8 @@ def adamw_8bit(
     for t in count(1):
         g = yield x
         m, v = ema(m, g, betas[0]), ema(v, g**2, betas[1])
-        size = rate * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
-        x = x * (1 - rate * weight_decay) - size * m / (v.sqrt() + eps)
+        size = rate / (1 - betas[0] ** t)
+        x = x * (1 - rate * weight_decay) - size * m / ((v / (1 - betas[1] ** t)).sqrt() + eps)
         if x.numel() >= smallest:
             m, v = eight_bits(m, True, block), eight_bits(v, False, block)
 

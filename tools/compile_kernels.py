@@ -45,8 +45,8 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "packed_attention": [*({"head_size": d} for d in (64, 128, 256)), {"head_size": 96, "window": 99, "softcap": 50.0}],
     "lora_linear": [{"bias": True}],
     "newton_schulz": [{}],
-    "adamw": [{}, {"seed": 1}],
-    "adamw_8bit": [{}],
+    "adamw": [{"held": 0.0}, {"rounded": True}],
+    "adamw_8bit": [{}, {"rounded": True}],
     "gated": [{"activation": a} for a in ("silu", "gelu", "gelu_tanh")],
     "linear_cross_entropy": [{}, {"bias": True, "weighted": True, "softcap": 30.0, "smoothing": 0.1}, {"frozen": True}],
 }

@@ -28,7 +28,8 @@ from truetune.kernels.int8_linear import int8_lora_linears
 from truetune.kernels.lora_linear import lora_linears
 from truetune.kernels.nf4_linear import nf4_lora_linears
 from truetune.kernels.op import Op
-from truetune.models.adapt import add_lora
+from truetune.models.adapt import FusedLoraLinear, add_lora
+from truetune.models.base import quantize_base
 from truetune.models.route import choose_route
 from truetune.models.tail import measure_tail
 from truetune.models.wrap import CausalLM
@@ -83,11 +84,19 @@ def _like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda p: None)
 
 
-def on_device(family: str = "llama", lora: bool = True, optimizer: str = "adamw", **parts: Any) -> Trainer:
+def on_device(
+    family: str = "llama", lora: bool = True, optimizer: str = "adamw", base: str | None = None, **parts: Any
+) -> Trainer:
     """Assembled as for CUDA: the model is proven on the host, and is on its device before it is wrapped."""
     hf: PreTrainedModel = tiny(family)
     tail, route = measure_tail(hf), choose_route(hf, "model")
     adapted = add_lora(hf, tail.head, rank=4, alpha=8.0, dropout=0.0, targets="all-linear") if lora else hf
+    if base:
+        quantize_base(adapted, f"base_model.model.{tail.head}", base)
+        for layer in (m for m in adapted.modules() if isinstance(m, FusedLoraLinear) and m.packed is not None):
+            kept = layer.packed.weight
+            parts_ = {"codes": kept.codes.to("meta"), "scale_N": kept.scale_N.to("meta")}
+            layer.packed = layer.packed._replace(weight=kept._replace(**parts_))
     model = CausalLM(adapted.to("meta"), tail, route, torch.float32)
     trainer = tiny_trainer(model, random_documents(30), **parts)
     if optimizer != "adamw":
@@ -105,6 +114,12 @@ def run(trainer: Trainer, steps: int = 2) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2"])
 def test_a_step_waits_for_nothing(family: str, lora: bool) -> None:
     run(on_device(family, lora))
+
+
+def test_over_a_base_in_4_bits_a_step_waits_for_nothing() -> None:
+    trainer = on_device(base="nf4")
+    assert any(isinstance(m, FusedLoraLinear) and m.packed for m in trainer.model.model.modules())
+    run(trainer)
 
 
 def test_documents_that_share_rows_wait_for_nothing() -> None:

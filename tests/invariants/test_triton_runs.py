@@ -1,6 +1,6 @@
 """Training with every Triton kernel on equals training with the references: loss and weights of tiny models.
 
-In the interpreter, on CPU tensors, by the product's own path; only the optimizer's step is put on its kernel here.
+In the interpreter, on CPU tensors, by the product's own path.
 """
 
 from __future__ import annotations
@@ -15,33 +15,13 @@ from interpreted import exact
 from tiny import random_documents, tiny, tiny_trainer, wrap
 from torch import Tensor
 
-from truetune.kernels.adamw import adamw
 from truetune.kernels.triton import KERNELS, equal, switched_on
+from truetune.optim import OPTIMIZERS, parameter_groups
 from truetune.training.record import Step
 
 
-class AdamW(torch.optim.Optimizer):
-    """torch's, over the operation."""
-
-    def __init__(self, groups: Any) -> None:
-        super().__init__(groups, {"weight_decay": 0.01})
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            lists: dict[str, list[Tensor]] = {"means": [], "variances": []}
-            for p in group["params"]:
-                state = self.state[p]
-                for name, tensors in lists.items():
-                    tensors.append(state.setdefault(name, torch.zeros_like(p)))
-                state["step"] = state.get("step", 0) + 1
-            options = {"rate": group["lr"], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": group["weight_decay"]}
-            with torch.no_grad():
-                gradients = [p.grad for p in group["params"]]
-                adamw(group["params"], gradients, **lists, **options, step=state["step"])
-
-
 def run(
-    family: str, lora: bool, steps: int, dtype: torch.dtype, called: set[str] | None = None
+    family: str, lora: bool, steps: int, dtype: torch.dtype, optimizer: str, called: set[str] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses of the steps, and how far each weight went. called: is emptied when the model is there."""
     model = wrap(tiny(family), lora)
@@ -49,7 +29,9 @@ def run(
     start = {n: p.detach().double() for n, p in model.trainable().items()}
     model.to(dtype)
     trainer = tiny_trainer(model, random_documents(60), rate=1e-2, length={"steps": steps})
-    trainer.optimizer = AdamW(trainer.optimizer.param_groups)
+    groups = parameter_groups(model.trainable().items(), 1e-2)
+    options = {"smallest": 64} if optimizer == "adamw-8bit" else {}
+    trainer.optimizer = OPTIMIZERS[optimizer](groups, 1e-2, weight_decay=0.01, **options)
     losses = [record.loss for record in trainer.steps() if isinstance(record, Step)]
     return torch.tensor(losses).double(), {n: p.detach().double() - start[n] for n, p in model.trainable().items()}
 
@@ -66,30 +48,34 @@ def noting(name: str, called: set[str]) -> Callable[..., Any]:
 
 
 RUNS = [
-    ("llama", True, 1),
+    ("llama", True, 1, "adamw"),
     *(
-        pytest.param(family, lora, 10, marks=pytest.mark.proof)
+        pytest.param(family, lora, 10, "adamw", marks=pytest.mark.proof)
         for family in ("llama", "qwen2")
         for lora in (False, True)
     ),
+    pytest.param("llama", True, 3, "adamw-8bit", marks=pytest.mark.proof),
 ]
 
 
-@pytest.mark.parametrize(("family", "lora", "steps"), RUNS)
+@pytest.mark.parametrize(("family", "lora", "steps", "optimizer"), RUNS)
 def test_steps_with_every_kernel_are_the_reference_s(
-    family: str, lora: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+    family: str, lora: bool, steps: int, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRUETUNE_REFERENCE", "1")
-    truth, true_moves = run(family, lora, steps, torch.float64)
-    plain, plain_moves = run(family, lora, steps, torch.float32)
+    truth, true_moves = run(family, lora, steps, torch.float64, optimizer)
+    plain, plain_moves = run(family, lora, steps, torch.float32, optimizer)
     monkeypatch.delenv("TRUETUNE_REFERENCE")
     called: set[str] = set()
     with monkeypatch.context() as patches, exact():
         for name in KERNELS:
             patches.setattr(sys.modules[equal(name).__module__], name, noting(name, called))
         with switched_on("cpu"):
-            ours, our_moves = run(family, lora, steps, torch.float32, called)
-    assert called == KERNELS.keys() - {"newton_schulz", "adamw_8bit"} - (set() if lora else {"lora_linear"})
+            ours, our_moves = run(family, lora, steps, torch.float32, optimizer, called)
+    left = {"newton_schulz", "adamw" if optimizer == "adamw-8bit" else "adamw_8bit"} | (
+        set() if lora else {"lora_linear"}
+    )
+    assert called == KERNELS.keys() - left
     assert len(truth) == steps
     assert (ours - truth).norm() <= 2 * (plain - truth).norm() + 1e-6 * truth.norm()
     error, allowed = (

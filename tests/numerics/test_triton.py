@@ -7,7 +7,7 @@ A few points run in every test run, the whole lattice as a proof.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from truetune.kernels.triton import KERNELS, cases, equal, launch
 ROWS = [{"rows": 1, "width": 1}, {"rows": 7, "width": 100}, {"rows": 33, "width": 515}]
 LATTICE: dict[str, list[dict[str, Any]]] = {
     "rms_norm": [s | o for s in ROWS for o in ({}, {"residual": True}, {"offset": 1.0})]
-    + [{"rows": 2, "width": 1025}, {"rows": 2, "width": 4097, "residual": True}],
+    + [{"rows": 2, "width": 1025}, {"rows": 2, "width": 4097, "residual": True, "offset": 1.0}],
     "rope": [
         {"tokens": t, "heads": h, "keys": k, "head_size": d, "interleaved": i}
         for t, h, k in ((1, 1, 1), (33, 6, 2))
@@ -67,12 +67,18 @@ LATTICE: dict[str, list[dict[str, Any]]] = {
         {"sizes": sizes, "step": step, "weight_decay": decay}
         for sizes in ((1,), (700, 1, 1025, 2048, 33))
         for step, decay in ((1, 0.0), (1000, 0.1))
+    ]
+    + [
+        {"sizes": (700, 1, 1025), "counted": True},
+        {"sizes": (1025, 3), "held": 0.0},
+        {"sizes": (1025, 3), "held": 1.0},
     ],
     "adamw_8bit": [
         {"sizes": sizes, "step": step, "weight_decay": decay}
         for sizes in ((1,), (700, 1, 257, 512, 33))
         for step, decay in ((1, 0.0), (1000, 0.1))
-    ],
+    ]
+    + [{"sizes": (100, 33), "block": 32}, {"sizes": (100, 33), "block": 24}],
     "gated": [s | {"activation": a} for s in ROWS for a in ("silu", "gelu", "gelu_tanh")],
 }
 QUICK = {
@@ -82,8 +88,8 @@ QUICK = {
     "packed_attention": [4, 5, 22],
     "lora_linear": [3, 5],
     "newton_schulz": [2],
-    "adamw": [3],
-    "adamw_8bit": [3],
+    "adamw": [3, 4, 6],
+    "adamw_8bit": [3, 4],
     "linear_cross_entropy": [10, 13, 16, 20],
 }
 """Numbers of the points that every test run tries."""
@@ -173,27 +179,64 @@ def test_a_label_beyond_the_vocabulary_is_no_number() -> None:
     assert terms.total.isnan() and terms.losses.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_stochastic_rounding_takes_a_neighbour_and_keeps_the_mean(seed: int) -> None:
-    p = torch.linspace(-2, 2, 3001).bfloat16()
-    options = {"rate": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "step": 1}
-
-    def stepped(function: Callable[..., None], dtype: torch.dtype, seed: int | None = None) -> Tensor:
-        lists = [[p.to(dtype, copy=True)], [torch.ones_like(p)], [torch.zeros(3001)], [torch.zeros(3001)]]
+def rounded_at_random(name: str, kernel: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """Weights in bf16 after a step of everything alike, and what they would be in fp32."""
+    p, ends = torch.linspace(-2, 2, 3001), []
+    for dtype in (torch.bfloat16, torch.float32):
+        case = getattr(cases, name)(dtype, sizes=(3001,), step=1, weight_decay=0.0)
+        for argument in case.changed:
+            case.arguments[argument][0].zero_()
+        case.arguments["parameters"][0].copy_(p.bfloat16())
+        case.arguments.update(rate=1e-3, seeds=[seed])
+        case.arguments["gradients"][0].fill_(1.0)
         with exact():
-            function(*lists, **options, seed=seed)
-        return lists[0][0].float()
+            (equal(name) if kernel else KERNELS[name].reference)(**case.arguments)
+        ends.append(case.arguments["parameters"][0])
+    return ends[0].float(), ends[1]
 
-    wanted = stepped(equal("adamw"), torch.float32)
-    for function in (equal("adamw"), KERNELS["adamw"].reference):
-        found = stepped(function, torch.bfloat16, seed)
-        step = torch.maximum(wanted.abs(), torch.tensor(2.0**-126)) * 2**-7
-        assert ((found - wanted).abs() <= step).all()
-        errors = (found - wanted) / step
-        assert abs(errors.mean()) < 4 * errors.std() / 3001**0.5
-        assert torch.equal(found, stepped(function, torch.bfloat16, seed))
-        assert not torch.equal(found, stepped(function, torch.bfloat16, seed + 10))
-    assert (stepped(equal("adamw"), torch.bfloat16) - wanted).mean() > 1e-4  # to the nearest it stalls, or leans
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_stochastic_rounding_takes_a_neighbour_and_keeps_the_mean(seed: int, name: str, kernel: bool) -> None:
+    found, wanted = rounded_at_random(name, kernel, seed)
+    step = torch.maximum(wanted.abs(), torch.tensor(2.0**-126)) * 2**-7
+    assert ((found - wanted).abs() <= step).all()
+    errors = (found - wanted) / step
+    assert abs(errors.mean()) < 4 * errors.std() / 3001**0.5
+    assert torch.equal(found, rounded_at_random(name, kernel, seed)[0])
+    assert not torch.equal(found, rounded_at_random(name, kernel, seed + 10)[0])
+    assert (wanted.bfloat16().float() - wanted).mean() > 1e-4  # to the nearest it stalls, or leans
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_tensor_is_rounded_alike_in_whatever_list_it_stands(name: str) -> None:
+    """As weights that move within the backward pass are, part by part."""
+    ends = []
+    for part in (slice(0, 2), slice(1, 2)):
+        torch.manual_seed(0)
+        case = getattr(cases, name)(torch.bfloat16, sizes=(1500, 700), rounded=True)
+        lists = {key: v[part] if isinstance(v, list) else v for key, v in case.arguments.items()}
+        with exact():
+            equal(name)(**lists)
+        ends.append(lists["parameters"][-1])
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_tensors_that_are_not_contiguous_are_the_reference_s(name: str) -> None:
+    ends = []
+    for function in (equal(name), KERNELS[name].reference):
+        torch.manual_seed(0)
+        case = getattr(cases, name)(torch.float32, sizes=(48,))
+        case.arguments["parameters"] = [torch.randn(8, 6).T]
+        for argument in ("gradients", "means", "variances"):
+            if argument in case.arguments:
+                case.arguments[argument] = [case.arguments[argument][0].view(6, 8)]
+        with exact():
+            function(**case.arguments)
+        ends.append(case.arguments["parameters"][0])
+    assert torch.equal(*ends)
 
 
 def test_the_lattice_holds_every_kernel() -> None:

@@ -38,6 +38,8 @@ def test_raw_samples_machine_and_command_are_kept(tmp_path: Path) -> None:
         "lora_linear",
         "linear_cross_entropy",
         "newton_schulz",
+        "adamw",
+        "adamw_8bit",
     }
     for found in kept["results"]:
         assert "truetune" in found["seconds"] and "reference" in found["seconds"]
@@ -112,8 +114,18 @@ def test_without_a_gpu_there_is_nothing_to_choose() -> None:
     assert result.exit_code == 2 and "torch sees none; see truetune doctor" in result.stderr
 
 
-def test_our_kernel_is_one_more_way() -> None:
-    (case,) = (case for case in kernels.cases() if case.name == "gated")
-    with exact():
-        errors = kernels.measure(with_triton(case, "cpu"), 1)["errors"]
-    assert errors["triton"] <= 2 * errors["reference"]
+@pytest.mark.parametrize("name", ["gated", "adamw", "adamw_8bit"])
+def test_our_kernel_is_one_more_way(name: str) -> None:
+    torch.manual_seed(0)
+    for case in (case for case in kernels.cases() if case.name == name):
+        with exact():
+            errors = kernels.measure(with_triton(case, "cpu"), 1)["errors"]
+        assert errors["triton"] <= 2 * errors["reference"]
+
+
+def test_what_changes_its_tensors_gets_fresh_ones() -> None:
+    case = next(case for case in kernels.cases() if case.name == "adamw")
+    before = [t.clone() for t in case.tensors]
+    errors = kernels.measure(case._replace(ways=case.ways | {"idle": lambda *tensors: None}), 2)["errors"]
+    assert all(torch.equal(a, b) for a, b in zip(case.tensors, before, strict=True))
+    assert errors["idle"] > 10 * errors["truetune"]

@@ -1,8 +1,9 @@
 """Every operation of ``kernels``, forward and backward, against its reference and against what torch offers for it.
 
 The ways are timed in turns; a figure is a median, with the quartiles of its ratio to ours. Beside it stands the error
-of outputs and gradients against the reference in float64, without which a time says nothing. What is asked: a bf16
-model of hidden size 896 with heads of 64, 2,048 tokens.
+of outputs and gradients against the reference in float64, without which a time says nothing. An optimizer's step gets
+fresh copies of what it changes, which no time has in it. What is asked: a bf16 model of hidden size 896 with heads of
+64, 2,048 tokens.
 
 On a GPU our Triton kernels are one more way. One that wins can be chosen for GPUs of that name (``winners``).
 """
@@ -29,14 +30,16 @@ from torch import Tensor
 import truetune
 from truetune.errors import UserError
 from truetune.kernels import linear_cross_entropy, lora_linear, packed_attention
+from truetune.kernels.adamw import adamw
+from truetune.kernels.adamw_8bit import adamw_8bit, pack
 from truetune.kernels.attention import by_document
 from truetune.kernels.gated import gated
 from truetune.kernels.native.memory import keep_memory
 from truetune.kernels.newton_schulz import newton_schulz
-from truetune.kernels.op import FAST_PATHS, is_on
+from truetune.kernels.op import FAST_PATHS, Op, is_on
 from truetune.kernels.rms_norm import rms_norm
 from truetune.kernels.rope import rope
-from truetune.kernels.triton import CALLED, switched_on
+from truetune.kernels.triton import KERNELS, switched_on
 from truetune.kernels.triton.choices import keep
 from truetune.training.patience import write_text
 
@@ -47,23 +50,25 @@ MATRICES = 4
 """Of one shape, in a model's layers."""
 WARM = 2
 """Calls before the first that counts."""
-OURS, PLAIN, TORCH, TRITON = "truetune", "reference", "torch", "triton"
+OURS, PLAIN, TORCH, CHUNKED, TRITON = "truetune", "reference", "torch", "chunked", "triton"
 
 
 class Case(NamedTuple):
     """name of the operation, what it is asked, tensors that get gradients, and name -> function of them.
 
-    products: the matrix products that every way needs, and nothing else; timed beside them."""
+    products: the matrix products that every way needs, and nothing else; timed beside them. changes: whether the
+    functions return nothing and change the tensors, which then get no gradients."""
 
     name: str
     asked: str
     tensors: list[Tensor]
-    ways: dict[str, Callable[..., Tensor]]
+    ways: dict[str, Callable[..., Any]]
     products: Callable[..., object] | None = None
+    changes: bool = False
 
 
 def cases() -> Iterator[Case]:
-    """Every operation that a model calls, and Muon's."""
+    """Every operation that a model calls, and those of optimizers."""
     yield from _attention()
     x, weight_D = _random(TOKENS, HIDDEN, dtype=torch.float32), _random(HIDDEN, dtype=torch.float32)
     yield Case(
@@ -101,6 +106,44 @@ def cases() -> Iterator[Case]:
         [_random(MATRICES, HIDDEN, HIDDEN)],
         {OURS: newton_schulz, PLAIN: newton_schulz.reference},
     )
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _step("adamw", adamw, dtype, _moments(dtype))
+    yield _step("adamw_8bit", adamw_8bit, torch.bfloat16, [x for m in _moments(torch.float32) for x in _packed(m)])
+
+
+def _step(name: str, operation: Op[..., None], dtype: torch.dtype, states: list[list[Tensor]]) -> Case:
+    """A step of the weights of one layer; in bf16 rounded at random, which torch's own does not."""
+    lists = [[_random(*shape, dtype=dtype) for shape in _shapes()] for _ in ("weights", "gradients")] + states
+    count = len(lists[0])
+    options: dict[str, Any] = {"rate": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+    options["seeds"] = list(range(count))
+
+    def by(function: Callable[..., None]) -> Callable[..., None]:
+        def stepped(*tensors: Tensor) -> None:
+            function(*(list(tensors[i : i + count]) for i in range(0, len(tensors), count)), **options)
+
+        return stepped
+
+    asked = (
+        f"{count} tensors of a layer, {sum(x.numel() for x in lists[0]):,} {'fp32' if dtype.itemsize == 4 else 'bf16'}"
+    )
+    flat = [x for tensors in lists for x in tensors]
+    return Case(name, asked, flat, {OURS: by(operation), PLAIN: by(operation.reference)}, changes=True)
+
+
+def _shapes() -> list[tuple[int, ...]]:
+    return [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER), (HIDDEN,), (HIDDEN,)]
+
+
+def _moments(dtype: torch.dtype) -> list[list[Tensor]]:
+    means = [_random(*shape, dtype=torch.float32) for shape in _shapes()]
+    return [means, [x.square() for x in means]]
+
+
+def _packed(moment: list[Tensor]) -> list[list[Tensor]]:
+    """Codes and scales."""
+    signed = any((x < 0).any() for x in moment)
+    return [[x[0] for x in part] for part in zip(*(pack(x[None], signed, 256) for x in moment), strict=True)]
 
 
 def _attention() -> Iterator[Case]:
@@ -141,7 +184,9 @@ def _rope() -> Case:
 
 
 def _loss(entries: int) -> Case:
+    """CHUNKED is torch's too, and does less: it gives the loss alone."""
     weight, labels = _random(entries, HIDDEN), torch.randint(0, entries, (TOKENS // 2,))
+    chunks = torch.nn.LinearCrossEntropyOptions()
     return Case(
         "linear_cross_entropy",
         f"{TOKENS // 2} targets, {entries:,} entries, frozen head",
@@ -150,6 +195,7 @@ def _loss(entries: int) -> Case:
             OURS: lambda h: linear_cross_entropy(h, weight.to(h.dtype), labels).total,
             PLAIN: lambda h: linear_cross_entropy.reference(h, weight.to(h.dtype), labels).total,
             TORCH: lambda h: F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), labels, reduction="sum"),
+            CHUNKED: lambda h: F.linear_cross_entropy(h, weight, labels, reduction="sum", options=chunks),
         },
         products=lambda h: h @ weight.T @ weight,
     )
@@ -163,14 +209,15 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     """Seconds of every call by way, and the largest relative error of outputs and gradients against float64.
 
     Beside them, where the case has them, those of the products alone."""
-    truth = _observe(case.ways[PLAIN], [t.double() for t in case.tensors])
+    truth = _observe(case, case.ways[PLAIN], [t.double() for t in case.tensors])
     seconds: dict[str, list[float]] = {way: [] for way in case.ways}
     errors: dict[str, float] = {}
     products: list[float] = []
     for i in range(WARM + repeats):
         for way, function in case.ways.items():
+            tensors = [t.clone() for t in case.tensors] if case.changes else case.tensors
             start = _now(case.tensors[0])
-            observed = _observe(function, case.tensors)
+            observed = _observe(case, function, tensors)
             if i >= WARM:
                 seconds[way].append(_now(case.tensors[0]) - start)
             errors[way] = max(errors.get(way, 0.0), _error(observed, truth))
@@ -199,7 +246,7 @@ def _now(tensor: Tensor) -> float:
 def with_triton(case: Case, device: str = "cuda") -> Case:
     """The case with our Triton kernel as one more way."""
 
-    def kernel(*tensors: Tensor) -> Tensor:
+    def kernel(*tensors: Tensor) -> Any:
         with switched_on(device, case.name):
             return case.ways[OURS](*tensors)
 
@@ -221,7 +268,10 @@ def winners(results: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name, did in won.items() if did]
 
 
-def _observe(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+def _observe(case: Case, function: Callable[..., Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    if case.changes:
+        function(*tensors)
+        return list(tensors)
     leaves = [t.detach().requires_grad_() for t in tensors]
     out = function(*leaves)
     if out.requires_grad:
@@ -256,7 +306,7 @@ def write(only: Sequence[str], repeats: int, to: Path | None, choose: bool = Fal
     with torch.device("cuda" if gpu else "cpu"):
         chosen = list(cases())
     if gpu and triton:
-        chosen = [with_triton(case) if case.name in CALLED else case for case in chosen]
+        chosen = [with_triton(case) if case.name in KERNELS else case for case in chosen]
     names = list(dict.fromkeys(case.name for case in chosen))
     if unknown := sorted(set(only) - set(names)):
         raise UserError(f"there is no operation {unknown[0]} to time; choose among: {', '.join(names)}")

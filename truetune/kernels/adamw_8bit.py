@@ -1,10 +1,10 @@
-"""One AdamW step whose two moments are kept in 8 bits each, by blocks of 256 elements with a scale of their own.
+"""One AdamW step whose two moments are kept in 8 bits each, by blocks of elements with a scale of their own.
 
 Dettmers et al. 2021, arXiv 2110.02861. A moment is map[code] * scale, where scale is the block's largest magnitude. The
 map holds 256 numbers in [-1, 1] (the mean) or [0, 1] (the variance): for e = 0 ... 6, the middles of 2^(6 - e) equal
 parts of [0.1, 1] times 10^-e, of either sign (of twice as many parts, without sign), and 0 and 1. The step itself is
 that of ``adamw``, in fp32, with the moments as they are before they are rounded again.
-Shape suffixes: B blocks.
+Shape suffixes: K tensors of equal shape, B blocks of one, E elements of a block.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from truetune.kernels.adamw import rounded
 from truetune.kernels.op import Op, statistics_dtype
-
-BLOCK = 256
-"""Elements that share a scale."""
 
 
 @Op
@@ -35,23 +33,26 @@ def adamw_8bit(
     eps: float,
     weight_decay: float,
     step: int,
+    seeds: list[int] | None = None,
 ) -> None:
     """Update parameters, codes and scales in place. ``step`` counts from 1.
 
-    Codes are uint8 of the parameter's number of elements, scales fp32 of one per block of 256, the last one cut short.
-    Zero scales are zero moments. Parameters and gradients are fp32 or bf16, of one dtype each.
+    Codes of a parameter are uint8 [B, E], of which the last may go beyond its elements; scales fp32 [B]. Zero scales
+    are zero moments. Parameters and gradients are fp32 or bf16, of one dtype each. seeds: as in ``adamw``.
     """
     first, second = betas
     states = (mean_codes, mean_scales, variance_codes, variance_scales)
-    for p, g, m_codes, m_scales, v_codes, v_scales in zip(parameters, gradients, *states, strict=True):
-        g = g.flatten().to(m_scales.dtype)
-        m = _decoded(m_codes, m_scales, signed=True).lerp_(g, 1 - first)
-        v = _decoded(v_codes, v_scales, signed=False).mul_(second).addcmul_(g, g, value=1 - second)
-        _encode(m, m_codes, m_scales, signed=True)
-        _encode(v, v_codes, v_scales, signed=False)
-        wide = p.flatten().to(statistics_dtype(p.dtype)) * (1 - rate * weight_decay)
+    for i, (p, g, m_codes, m_scales, v_codes, v_scales) in enumerate(zip(parameters, gradients, *states, strict=True)):
+        wide = p.to(statistics_dtype(p.dtype))[None]
+        g = g.to(wide.dtype)[None]
+        m = unpack(m_codes[None], m_scales[None], True, wide).lerp_(g, 1 - first)
+        v = unpack(v_codes[None], v_scales[None], False, wide).mul_(second).addcmul_(g, g, value=1 - second)
+        for x, codes, scales, signed in ((m, m_codes, m_scales, True), (v, v_codes, v_scales, False)):
+            for kept, new in zip((codes, scales), pack(x, signed, codes.shape[-1]), strict=True):
+                kept.copy_(new[0])
+        wide = wide * (1 - rate * weight_decay)
         wide.addcdiv_(m, (v / (1 - second**step)).sqrt_().add_(eps), value=-rate / (1 - first**step))
-        p.copy_(wide.view(p.shape))
+        p.copy_(rounded(wide[0], p, None if seeds is None else seeds[i]))
 
 
 @lru_cache
@@ -64,18 +65,17 @@ def dynamic_map(signed: bool, device: torch.device, dtype: torch.dtype = torch.f
     return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
 
 
-def _blocks(x: Tensor) -> Tensor:
-    return F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
+def pack(x: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
+    """[K, ...] -> codes [K, B, E] and scales [K, B]; the last block is filled up with zeros."""
+    flat = x.reshape(len(x), -1)
+    blocks = F.pad(flat, (0, -flat.shape[1] % block)).view(len(x), -1, block)
+    scales = blocks.abs().amax(-1)
+    _, middles = dynamic_map(signed, x.device, x.dtype)
+    whole = torch.where(scales > 0, scales, 1.0)
+    return torch.bucketize(blocks / whole[..., None], middles).to(torch.uint8), scales
 
 
-def _decoded(codes: Tensor, scales_B: Tensor, signed: bool) -> Tensor:
-    values, _ = dynamic_map(signed, codes.device)
-    return (values.to(scales_B.dtype)[_blocks(codes).int()] * scales_B[:, None]).flatten()[: len(codes)]
-
-
-def _encode(x: Tensor, codes: Tensor, scales_B: Tensor, signed: bool) -> None:
-    blocks = _blocks(x)
-    scales_B.copy_(blocks.abs().amax(1))
-    unit = blocks / scales_B.where(scales_B > 0, 1)[:, None]
-    _, middles = dynamic_map(signed, codes.device)
-    codes.copy_(torch.bucketize(unit, middles.to(x.dtype)).flatten()[: len(codes)])
+def unpack(codes_KBE: Tensor, scales_KB: Tensor, signed: bool, like: Tensor) -> Tensor:
+    """The stack again, of the shape and dtype of ``like``."""
+    values, _ = dynamic_map(signed, like.device, like.dtype)
+    return (values[codes_KBE.int()] * scales_KB[..., None]).view(len(like), -1)[:, : like[0].numel()].view(like.shape)

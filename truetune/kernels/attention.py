@@ -2,9 +2,9 @@
 
 Packed without padding and without a [T, T] mask: each document is attended on its own, so isolation is
 structural, not numerical. On a CPU a kernel of our own (``native/``) does what it can, on a GPU one launch of torch's
-for all documents (``varlen``). Else the plain case runs torch's fused attention (flash on CPU and GPU, grouped-query
-without repeated keys). A sliding window goes over blocks of queries, each with only the keys it can see. Soft cap
-(Gemma 2) and sinks (GPT-OSS) have no fused kernel in torch and run as explicit fp32 softmax.
+or of flash-attn's for all documents (``varlen``). Else the plain case runs torch's fused attention (flash on CPU and
+GPU, grouped-query without repeated keys). A sliding window goes over blocks of queries, each with only the keys it can
+see; soft cap (Gemma 2) and sinks (GPT-OSS) run as explicit fp32 softmax.
 
 Left out: bidirectional and chunked attention, keys from a cache.
 Shape suffixes: H query heads, K key heads (K divides H), T tokens of the pack, B of one block of queries, S keys that
@@ -96,14 +96,16 @@ def at_once(
     dropout: float = 0.0,
     key_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """All documents in one launch, where torch has one that holds here."""
+    """All documents in one launch, where there is one that holds here."""
     dtype = compute_dtype(q_HTd, k_KTd)
-    kind = (q_HTd.device, dtype, q_HTd.shape[-1], v_KTe.shape[-1], window is not None)
-    if softcap is not None or sinks_H is not None or dropout or not varlen.attends(by_document, *kind):
+    kind = varlen.Kind(dtype, q_HTd.shape[-1], v_KTe.shape[-1], window is not None, softcap is not None)
+    attend = None if sinks_H is not None or dropout else varlen.way(by_document, q_HTd.device, kind)
+    if attend is None:
         return by_document(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, sinks_H, dropout, key_lengths)
     check(q_HTd, k_KTd, lengths, key_lengths)
     q_HTd, k_KTd, v_KTe = (x.to(dtype) for x in (q_HTd, k_KTd, v_KTe))
-    return varlen.attention(q_HTd, k_KTd, v_KTe, lengths, scale, window, key_lengths)
+    with no_autocast(q_HTd):
+        return attend(q_HTd, k_KTd, v_KTe, lengths, scale, window, softcap, key_lengths=key_lengths or lengths)
 
 
 def by_document(

@@ -87,7 +87,7 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def steps_apart(optimizer: torch.optim.Optimizer) -> bool:
     """``Rule.steps_apart`` of any optimizer; torch's AdamW does."""
-    return type(optimizer) is torch.optim.AdamW or getattr(optimizer, "steps_apart", False)
+    return isinstance(optimizer, torch.optim.AdamW) or getattr(optimizer, "steps_apart", False)
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:

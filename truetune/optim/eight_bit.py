@@ -11,28 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from truetune.kernels.adamw_8bit import dynamic_map
-from truetune.optim.low_rank import GaLore, LowRank, adam, corrected
-from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
-
-
-def pack(x: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
-    """Codes [K, blocks, block] and scales [K, blocks] of a stack; the last block is filled up with zeros."""
-    flat = x.reshape(len(x), -1)
-    blocks = F.pad(flat, (0, -flat.shape[1] % block)).view(len(x), -1, block)
-    scales = blocks.abs().amax(-1)
-    _, middles = dynamic_map(signed, x.device, x.dtype)
-    whole = torch.where(scales > 0, scales, 1.0)
-    return torch.bucketize(blocks / whole[..., None], middles).to(torch.uint8), scales
-
-
-def unpack(codes: Tensor, scales: Tensor, signed: bool, like: Tensor) -> Tensor:
-    """The stack again, of the shape and dtype of ``like``."""
-    values, _ = dynamic_map(signed, like.device, like.dtype)
-    return (values[codes.int()] * scales[..., None]).view(len(like), -1)[:, : like[0].numel()].view(like.shape)
-
+from truetune.kernels.adamw_8bit import adamw_8bit, pack, unpack
+from truetune.optim.low_rank import GaLore, LowRank, adam
+from truetune.optim.rule import Betas, Groups, Rule, State, adamw_step, require
 
 SIGNED = {"m": True, "v": False}
 ZERO = {"m": 127, "v": 0}
@@ -70,8 +52,8 @@ def require_blocks(block: int, smallest: int) -> None:
 class AdamW8bit(Rule):
     """AdamW whose moments are kept in 8 bits, by blocks (Dettmers et al. 2021, arXiv 2110.02861).
 
-    The step is taken with the moments before they are rounded; eps is added to sqrt(v) before its bias is corrected.
-    Tensors of fewer than ``smallest`` elements keep theirs in full.
+    The step is taken with the moments before they are rounded. Tensors of fewer than ``smallest`` elements keep theirs
+    in full.
     State: 520*ceil(m*n / 256) bytes.
     """
 
@@ -92,10 +74,20 @@ class AdamW8bit(Rule):
     def start(self, x: Tensor, group: dict[str, Any]) -> State:
         return packed_zeros(x, group)
 
-    def update(self, x: Tensor, g: Tensor, t: int, state: State, group: dict[str, Any]) -> None:
-        decay(x, group)
-        direction = adam_8bit(g, state, group)
-        x.sub_(direction, alpha=corrected(t, group))
+    def move(self) -> None:
+        for parameters, gradients, states, told, group in self.lists():
+            options: dict[str, Any] = {"betas": group["betas"], "eps": group["eps"]}
+            for packed in (True, False):
+                at = [i for i, state in enumerate(states) if ("m_scale" in state) == packed]
+                if not at:
+                    continue
+                xs, gs, own = [parameters[i] for i in at], [gradients[i] for i in at], [states[i] for i in at]
+                these = told | {"seeds": [told["seeds"][i] for i in at]}
+                if packed:
+                    kept = [[state[name] for state in own] for name in ("m", "m_scale", "v", "v_scale")]
+                    adamw_8bit(xs, gs, kept[0], kept[1], kept[2], kept[3], **options, **these)
+                else:
+                    adamw_step(xs, gs, own, these, group, **options)
 
 
 class GaLore8bit(GaLore):

@@ -6,10 +6,11 @@ equal shape one batched product. A large tensor is a stack of its own, seen in p
 stacked in memory and each parameter's is a view of it, while weights and gradients are copied together.
 
 Parameters that a rule does not take (``takes``; groups marked ``rest``) are updated by AdamW at its defaults, in the
-same optimizer. Weights in bf16 and their gradients are seen in fp32, the state is fp32, and what comes of a step is
-rounded stochastically (``kernels.rounding``), by the number of the step and the parameter's place. Equations use the
-names of the field: x weights, g gradient, m and v moments, t the number of the step, from 1. Left out: closures that
-are called more than once, sparse and complex tensors.
+same optimizer, and as lists: AdamW is an operation of ``kernels``, of many tensors at once. Weights in bf16 and their
+gradients are seen in fp32, the state is fp32, and what comes of a step is rounded stochastically, by the number of the
+step and the parameter's place (``kernels.rounding``). Equations use the names of the field: x weights, g gradient, m
+and v moments, t the number of the step, from 1. Left out: closures that are called more than once, sparse and complex
+tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw as adamw_
 
 from truetune.errors import UserError
 from truetune.kernels.adamw import adamw
@@ -35,6 +35,9 @@ Betas = tuple[float, float]
 State = dict[str, Tensor]
 Stack = tuple[Tensor, Tensor, int, State, dict[str, Any]]
 """x and g [K, *shape], t, state [K, ...] each, and the options of the group."""
+List = tuple[list[Tensor], list[Tensor], list[State], dict[str, Any], dict[str, Any]]
+"""Parameters of one dtype, their gradients, the state of each, what an operation of ``kernels`` is told beside them
+(rate, decay, step, a seed for each), and the options of the group."""
 
 STACKED = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements that small tensors are stacked up to: what a cache holds; on a GPU, what keeps it busy."""
@@ -111,23 +114,23 @@ class Rule(Optimizer):
         self.loss = loss = None if closure is None else torch.enable_grad()(closure)()
         self._count()
         self.prepare()
-        for x, g, t, state, group in self.stacks():
-            self.update(x, g, t, state, group)
-        for x, g, t, state, group in self.stacks(rest=True):
-            adamw_step(x, g, t, state, group)
-        self._update_rest()
+        self.move()
+        for listed in self.lists(rest=True):
+            adamw_step(*listed)
         return loss
 
-    def stacks(self, rest: bool = False) -> Iterator[Stack]:
-        """Every stack with a gradient; what is done to one is written back before the next.
+    def move(self) -> None:
+        """Change what the rule takes: stack by stack, unless it has an operation of many tensors."""
+        for x, g, t, state, group in self.stacks():
+            self.update(x, g, t, state, group)
 
-        rest: of what the rule does not take, that which torch's AdamW can't update.
-        """
-        places = {p: place for place, p in enumerate(p for group in self.param_groups for p in group["params"])}
+    def stacks(self) -> Iterator[Stack]:
+        """Every stack with a gradient; what is done to one is written back before the next."""
+        places = self._places()
         for group in self.param_groups:
             alike: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
-                if p.grad is not None and group["rest"] == rest and not _is_torchs(p, group):
+                if p.grad is not None and not group["rest"]:
                     alike[p.shape, p.dtype, p.device, int(self.state[p]["step"])].append(p)
             for (shape, _, device, t), parameters in alike.items():
                 most = max(1, STACKED.get(device.type, STACKED["cpu"]) // max(1, shape.numel()))
@@ -135,12 +138,33 @@ class Rule(Optimizer):
                     seed = t * len(places) + places[parameters[first]]
                     yield from self._stack(parameters[first : first + most], t, group, seed)
 
+    def lists(self, rest: bool = False) -> Iterator[List]:
+        """All with a gradient, as lists; rest: what the rule does not take, in its place."""
+        places = self._places()
+        for group in self.param_groups:
+            alike: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None and group["rest"] == rest:
+                    alike[p.dtype, p.device, int(self.state[p]["step"])].append(p)
+            for (_, _, t), parameters in alike.items():
+                for p in parameters:
+                    if not _names(self.state[p]):
+                        new = self._start(wide(p).unsqueeze(0), group)
+                        self.state[p] |= {name: tensor.squeeze(0) for name, tensor in new.items()}
+                told = {"rate": group["lr"], "weight_decay": group.get("weight_decay", 0.0), "step": t}
+                told["seeds"] = [t * len(places) + places[p] for p in parameters]
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                yield [p.detach() for p in parameters], gradients, [self.state[p] for p in parameters], told, group
+
+    def _places(self) -> dict[Tensor, int]:
+        return {p: place for place, p in enumerate(p for group in self.param_groups for p in group["params"])}
+
     def _stack(self, parameters: list[Tensor], t: int, group: dict[str, Any], seed: int) -> Iterator[Stack]:
         kept = _together([p.detach() for p in parameters])
         x, g = wide(kept), wide(_together([p.grad for p in parameters if p.grad is not None]))
         states = [self.state[p] for p in parameters]
-        names = [name for name in states[0] if name != "step" and not name.startswith(SHARED)]
-        state = {name: _together([own[name] for own in states]) for name in names} or self._start(x, group)
+        state = {name: _together([own[name] for own in states]) for name in _names(states[0])}
+        state = state or self._start(x, group)
         yield x, g, t, state, group
         if len(parameters) > 1 or x is not kept:
             torch._foreach_copy_(parameters, list(narrow(x, kept.dtype, seed).unbind()))
@@ -165,37 +189,12 @@ class Rule(Optimizer):
         counts = []
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and not _is_torchs(p, group):
+                if p.grad is not None:
                     state = self.state[p]
                     state["step"] = state["step"].cpu() if "step" in state else torch.zeros(())
                     counts.append(state["step"])
         if counts:
             torch._foreach_add_(counts, 1)
-
-    def _update_rest(self) -> None:
-        """AdamW, torch's fused step, for the groups that the rule does not take."""
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None and _is_torchs(p, group)]
-            for p in parameters:
-                if "step" not in self.state[p]:
-                    self.state[p] |= {"step": torch.zeros((), device=p.device)} | moments(p)
-            if parameters:
-                adamw_(
-                    parameters,
-                    [p.grad for p in parameters if p.grad is not None],
-                    [self.state[p]["m"] for p in parameters],
-                    [self.state[p]["v"] for p in parameters],
-                    [],
-                    [self.state[p]["step"] for p in parameters],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=0.9,
-                    beta2=0.999,
-                    lr=group["lr"],
-                    weight_decay=group.get("weight_decay", 0.0),
-                    eps=1e-8,
-                    maximize=False,
-                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its dtype."""
@@ -215,9 +214,9 @@ class Rule(Optimizer):
         return total
 
 
-def _is_torchs(p: Tensor, group: dict[str, Any]) -> bool:
-    """Whether torch's AdamW updates ``p``, which rounds to the nearest."""
-    return bool(group["rest"]) and p.dtype != torch.bfloat16
+def _names(state: State) -> list[str]:
+    """Of what a rule keeps of one parameter, beside its count of steps and what all share."""
+    return [name for name in state if name != "step" and not name.startswith(SHARED)]
 
 
 def _together(tensors: list[Tensor]) -> Tensor:
@@ -281,18 +280,17 @@ def moments(x: Tensor) -> State:
 
 
 def adamw_step(
-    x: Tensor,
-    g: Tensor,
-    t: int,
-    state: State,
-    group: dict[str, Any],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: list[State],
+    told: dict[str, Any],
+    _: dict[str, Any],
     betas: Betas = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> None:
-    """One step of a stack by AdamW, at the group's rate and decay."""
-    rate, weight_decay = group["lr"], group.get("weight_decay", 0.0)
-    options: dict[str, Any] = {"rate": rate, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": t}
-    adamw([x], [g], [state["m"]], [state["v"]], **options)
+    """One step of a list by AdamW, at the group's rate and decay."""
+    lists = ([state[name] for state in states] for name in "mv")
+    adamw(parameters, gradients, *lists, betas=betas, eps=eps, **told)
 
 
 def total_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:

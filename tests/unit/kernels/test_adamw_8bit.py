@@ -25,9 +25,9 @@ def test_a_quadratic_is_learned_as_with_32_bits() -> None:
     target = torch.randn(600, generator=torch.Generator().manual_seed(0))
     ours, theirs = [torch.zeros(600)], [torch.zeros(600)]
     states = [
-        [torch.zeros(600, dtype=torch.uint8)],
+        [torch.zeros(3, 256, dtype=torch.uint8)],
         [torch.zeros(3)],
-        [torch.zeros(600, dtype=torch.uint8)],
+        [torch.zeros(3, 256, dtype=torch.uint8)],
         [torch.zeros(3)],
     ]
     moments = [[torch.zeros(600)], [torch.zeros(600)]]

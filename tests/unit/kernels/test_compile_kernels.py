@@ -10,7 +10,7 @@ from pathlib import Path
 
 import compile_kernels
 import pytest
-from compile_kernels import SAMPLES, SHARED, SIZES, Compiled, faults, main, unreached
+from compile_kernels import SAMPLES, SHARED, SIZES, Compiled, faults, main, traffic, unreached
 
 from truetune.kernels.triton import KERNELS
 from truetune.kernels.triton.configurations import CONFIGURATIONS
@@ -43,6 +43,14 @@ def test_a_configuration_that_nothing_reaches_is_a_fault() -> None:
     every = {(kernel, number) for kernel, rows in CONFIGURATIONS.items() for number in range(len(rows))}
     assert not list(unreached(every))
     assert list(unreached(every - {("rotate", 1)})) == ["rotate: nothing reaches row 1"]
+
+
+def test_the_bytes_of_a_kernel_are_those_of_its_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a gate in bf16 three tensors forward and five backward; of AdamW p, m and v twice, and g."""
+    monkeypatch.setattr(compile_kernels, "SAMPLES", {"gated": {"rows": 64}, "adamw": {"sizes": (8192,)}})
+    found = traffic()
+    assert found["gated"] == (8 * 2, 8 * 2)
+    assert found["adamw"] == (pytest.approx(2 * (2 + 4 + 4) + 2, rel=0.02),) * 2
 
 
 def test_every_kernel_is_in_the_matrix_and_on_the_page() -> None:

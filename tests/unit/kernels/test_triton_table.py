@@ -44,7 +44,7 @@ def test_what_was_timed_to_win_is_chosen_for_its_gpu_and_its_versions(
     older = before.replace(torch.__version__, "2.12.0").replace("lora_linear", "a_kernel_of_then")
     file.write_text(older, encoding="utf-8")
     assert choices.chosen_for(cuda) == ()
-    for wrong in ("{", before.replace("lora_linear", "os.system"), before.replace("lora_linear", "adamw"), "[]"):
+    for wrong in ("{", before.replace("lora_linear", "os.system"), "[]"):
         file.write_text(wrong, encoding="utf-8")
         with pytest.raises(UserError, match="make it again: truetune bench kernels --choose"):
             choices.chosen_for(cuda)

@@ -41,11 +41,6 @@ KERNELS: dict[str, Op[..., Any]] = {
 """Name -> the operation, whose reference the kernel must equal. Its file and function beside this one are so named."""
 
 
-CALLED = ("linear_cross_entropy", "packed_attention", "lora_linear", "rms_norm", "gated", "rope", "newton_schulz")
-"""Operations that training on a GPU calls: models the first six (norms, gates and rotary positions where they are
-chosen, else their author's code), Muon the last."""
-
-
 def equal(name: str) -> Callable[..., Any]:
     """The kernel with the operation's signature. Raises ModuleNotFoundError where Triton is not installed."""
     function: Callable[..., Any] = getattr(import_module(f"{__name__}.{name}"), name)

@@ -1,12 +1,14 @@
 """AdamW over all tensors of a group in one launch: each program updates a block of one of them.
 
 The kernel gets a table of addresses, and finds the tensor of its block by halving the list of first blocks. So a step
-costs one small copy and one launch, however many tensors there are; torch's foreach splits them into several.
+costs a few small copies and one launch, however many tensors there are; torch's foreach splits them into several.
+Tensors that are not contiguous are left to the reference.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from truetune.devices import to_device
+from truetune.kernels import adamw as operation
 from truetune.kernels.triton.launch import launch
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -42,14 +45,16 @@ def owner(first_blocks, tensors, program, HALVINGS: tl.constexpr):
 
 @triton.jit
 def adamw_many(
-    addresses, first_blocks, sizes, tensors, rate, first, second, eps, shrink, correction, root, seed,
-    PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, STOCHASTIC: tl.constexpr, HALVINGS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    addresses, first_blocks, sizes, seeds, corrections, held, tensors, rate, first, second, eps, shrink,
+    PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, HALVINGS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tensor = owner(first_blocks, tensors, program, HALVINGS)
     place = (program - tl.load(first_blocks + tensor)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < tl.load(sizes + tensor)
+    size = tl.load(sizes + tensor)
+    if held is not None:
+        size = tl.where(tl.load(held) == 0.0, size, 0)
+    inside = place < size
     p = tl.load(addresses + tensor).to(tl.pointer_type(PARAMETER)) + place
     g = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT)) + place
     m = tl.load(addresses + 2 * tensors + tensor).to(tl.pointer_type(tl.float32)) + place
@@ -61,27 +66,28 @@ def adamw_many(
     tl.store(m, mean, inside)
     tl.store(v, variance, inside)
     x = tl.load(p, inside, 0.0).to(tl.float32) * shrink
+    correction, root = tl.load(corrections + tensor), tl.load(corrections + tensors + tensor)
     x -= rate * (mean / correction) / (tl.sqrt(variance) / root + eps)
-    if STOCHASTIC:
-        x = rounded_at_random(x, seed, program * BLOCK + tl.arange(0, BLOCK))
+    if seeds is not None:
+        x = rounded_at_random(x, tl.load(seeds + tensor), place.to(tl.int32))
     tl.store(p, x, inside)
 
 
-def table(elements: int, *lists: list[Tensor]) -> tuple[tuple[Tensor, ...], int]:
-    """Addresses of all tensors, list by list; for those of the first list the first block of each, and the end, and the
-    sizes; and how many blocks of so many elements there are.
-
-    Raises ValueError for tensors that are not contiguous.
-    """
+def table(elements: int, *lists: list[Tensor], seeds: list[int] | None = None) -> tuple[tuple[Tensor | None, ...], int]:
+    """Addresses of all tensors, list by list; for those of the first list the first block of each, and the end, the
+    sizes, and the seeds if they are rounded at random; and how many blocks of so many elements there are."""
     every = [t for tensors in lists for t in tensors]
-    if not all(t.is_contiguous() for t in every):
-        raise ValueError("parameters and their states must be contiguous; call .contiguous() on them")
     sizes = [t.numel() for t in lists[0]]
     first_blocks = [0, *accumulate(triton.cdiv(size, elements) for size in sizes)]
     addresses = torch.tensor([0 if t.is_meta else t.data_ptr() for t in every])
     tensors = (addresses, torch.tensor(first_blocks, dtype=torch.int32), torch.tensor(sizes))
-    moved = tuple(to_device(t, every[0].device) for t in tensors)
-    return moved, first_blocks[-1]
+    moved = [to_device(t, every[0].device) for t in tensors]
+    random = seeds is not None and lists[0][0].dtype == torch.bfloat16
+    return (*moved, to_device(torch.tensor(seeds), every[0].device) if random else None), first_blocks[-1]
+
+
+def contiguous(*lists: list[Tensor]) -> bool:
+    return all(t.is_contiguous() for tensors in lists for t in tensors)
 
 
 def adamw(
@@ -94,22 +100,33 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    step: int,
-    seed: int | None = None,
+    step: int | Tensor,
+    seeds: list[int] | None = None,
+    held: Tensor | None = None,
 ) -> None:
-    dtype = parameters[0].dtype
+    if not contiguous(parameters, means, variances):
+        options: dict[str, Any] = {"rate": rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        options |= {"step": step, "seeds": seeds, "held": held}
+        operation.adamw.reference(parameters, gradients, means, variances, **options)
+        return
+    dtype, (first, second) = parameters[0].dtype, betas
     gradients = [g.contiguous() for g in gradients]
-    tensors, blocks = table(ELEMENTS, parameters, gradients, means, variances)
-    first, second = betas
+    tensors, blocks = table(ELEMENTS, parameters, gradients, means, variances, seeds=seeds)
     launch(
         adamw_many,
         lambda _: (blocks,),
-        *(*tensors, len(parameters), rate, first, second, eps, 1 - rate * weight_decay),
-        *(1 - first**step, (1 - second**step) ** 0.5, seed or 0),
+        *(*tensors, _corrections(step, betas, parameters), held, len(parameters)),
+        *(rate, first, second, eps, 1 - rate * weight_decay),
         dtype=dtype,
         PARAMETER=TYPES[dtype],
         GRADIENT=TYPES[gradients[0].dtype],
-        STOCHASTIC=seed is not None and dtype == torch.bfloat16,
         HALVINGS=len(parameters).bit_length(),
         BLOCK=ELEMENTS,
     )
+
+
+def _corrections(step: int | Tensor, betas: tuple[float, float], parameters: list[Tensor]) -> Tensor:
+    """1 - b1^t of every parameter, then sqrt(1 - b2^t), in fp32: [2, len(parameters)]."""
+    counts = torch.full((len(parameters),), step, device=parameters[0].device) if isinstance(step, int) else step
+    first, second = (1 - beta ** counts.double() for beta in betas)
+    return torch.stack([first, second.sqrt()]).float()

@@ -152,6 +152,10 @@ def _weights(dtype: torch.dtype, device: str, sizes: tuple[int, ...]) -> dict[st
     return {name: [_normal(dtype, device, n, spread=spread) for n in sizes] for name, spread in spreads.items()}
 
 
+def _seeds(sizes: tuple[int, ...]) -> list[int]:
+    return [3 * i + 1 for i in range(len(sizes))]
+
+
 def adamw(
     dtype: torch.dtype,
     device: str = "cpu",
@@ -159,11 +163,18 @@ def adamw(
     sizes: tuple[int, ...] = (4096, 1000, 1),
     step: int = 3,
     weight_decay: float = 0.1,
-    seed: int | None = None,
+    rounded: bool = False,
+    counted: bool = False,
+    held: float | None = None,
 ) -> Case:
+    """rounded: at random; counted: by the device, each parameter for itself; held: what the device is told."""
     means = [_normal(torch.float32, device, n, spread=0.1) for n in sizes]
     states = {"means": means, "variances": [_normal(torch.float32, device, n).square() for n in sizes]}
-    options = {"weight_decay": weight_decay, "step": step, "seed": seed}
+    options: dict[str, Any] = {"weight_decay": weight_decay, "step": step}
+    if counted:
+        options["step"] = torch.arange(1.0, len(sizes) + 1, device=device)
+    options["seeds"] = _seeds(sizes) if rounded else None
+    options["held"] = None if held is None else torch.full((), held, device=device)
     return Case(_weights(dtype, device, sizes) | states | _ADAMW | options, changed=("parameters", *states))
 
 
@@ -174,11 +185,14 @@ def adamw_8bit(
     sizes: tuple[int, ...] = (4096, 1000, 1),
     step: int = 3,
     weight_decay: float = 0.1,
+    block: int = 256,
+    rounded: bool = False,
 ) -> Case:
     states: dict[str, list[Tensor]] = {}
     for moment, spread in (("mean", 0.1), ("variance", 1.0)):
-        codes = [torch.randint(0, 256, (n,), dtype=torch.uint8, device=device) for n in sizes]
-        scales = [_normal(torch.float32, device, -(-n // 256), spread=spread).abs() for n in sizes]
+        shapes = [(-(-n // block), block) for n in sizes]
+        codes = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for shape in shapes]
+        scales = [_normal(torch.float32, device, blocks, spread=spread).abs() for blocks, _ in shapes]
         states |= {f"{moment}_codes": codes, f"{moment}_scales": scales}
-    options = {"weight_decay": weight_decay, "step": step}
+    options = {"weight_decay": weight_decay, "step": step, "seeds": _seeds(sizes) if rounded else None}
     return Case(_weights(dtype, device, sizes) | states | _ADAMW | options, changed=("parameters", *states))

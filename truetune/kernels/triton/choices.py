@@ -16,7 +16,7 @@ import torch
 
 from truetune.cache import cache_folder
 from truetune.errors import UserError
-from truetune.kernels.triton import CALLED
+from truetune.kernels.triton import KERNELS
 
 PACKAGES = ("truetune", "torch", "triton")
 
@@ -53,8 +53,8 @@ def chosen_for(device: torch.device) -> tuple[str, ...]:
         timed_with, chosen = values["versions"], tuple(values["chosen"])
         if timed_with != versions():
             return ()
-        if not set(CALLED) >= set(chosen):
-            raise ValueError("it names what no model calls")
+        if not KERNELS.keys() >= set(chosen):
+            raise ValueError("it names what is no kernel")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} is damaged ({error}); delete it, or make it again: truetune bench kernels --choose"
