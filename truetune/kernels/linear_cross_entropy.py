@@ -45,7 +45,7 @@ CHUNK_BYTES = 96 << 20
 """Most bytes that a chunk's logits and their fp32 statistics may take."""
 CLASSES = 1 << 14
 """Rows of the weight's gradient that are added to at once."""
-FILTERED_ROWS = 256
+FILTERED_ROWS = 512
 """Most rows of a chunk whose gradient is filtered: the more rows, the more entries count in one of them."""
 FEW = 0.5
 """Share of the vocabulary's entries from which on gathering them costs as much as leaving out the rest saves."""
