@@ -109,7 +109,7 @@ def assemble(recipe: Recipe, folder: Path | None = None, tell: Callable[[str, st
             "experts are trained without a loss for their balance, as the model's config has it; train.router_loss "
             "sets one"
         )
-    objective = NextToken(router)
+    objective = NextToken(router, recipe.train.filtered_loss)
     unshared = why_unshared(model, router)
     held_out = recipe.evaluation
     trainer = Trainer(

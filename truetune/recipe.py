@@ -216,6 +216,11 @@ class Train(Part):
         ge=0,
         description="weight of the load balance of experts in the loss; default: as the model's config has it",
     )
+    filtered_loss: bool = Field(
+        False,
+        description="leave out of the gradient, at the output layer, tokens whose |probability - target| is below "
+        "eps / 32 of the dtype of products for every row of a block; losses stay exact",
+    )
     seed: int = Field(0, ge=0, lt=1 << 63, description="orders the rows, draws what is held out, starts the adapter")
 
 

@@ -108,13 +108,14 @@ def _require_no_gradients(name: str, recipe: Recipe) -> None:
         "train.clip": train.clip,
         "train.clip_growth": train.clip_growth,
         "train.activation_memory": train.activation_memory,
+        "train.filtered_loss": train.filtered_loss,
         "adapter.dropout": recipe.adapter.dropout,
         "optimizer.mechanic": chosen.mechanic,
         "optimizer.ema": chosen.ema,
         "optimizer.nap": chosen.nap,
     }
     if key := next((key for key, value in keys.items() if value), None):
-        mend = f"set {key}=none" if key.startswith("train.") else "remove it"
+        mend = f"set {key}=none" if key.startswith("train.") and keys[key] is not True else "remove it"
         raise UserError(f"{key} means nothing with {name}, which takes no gradients and drops nothing; {mend}")
     if recipe.model.weights == "bf16":
         raise UserError(

@@ -52,6 +52,8 @@ class Preflight:
                 verdicts += (probed if _probes(trainer) else moved)(trainer, documents)
                 verdicts += parity(trainer.model, trainer, documents)
                 verdicts += neighbours(trainer.model, trainer, documents)
+                if trainer.objective.filtered:
+                    verdicts.append(filtering(trainer.model, trainer, documents))
                 if any(batch.shared for batch in trainer.batches(0)):
                     verdicts += shared_prefix(trainer.model, trainer)
         return Checks(trainer.step, tuple(verdicts), self.shown(documents[0]))
@@ -253,7 +255,8 @@ def parity(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> 
 
 
 def neighbours(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> list[Verdict]:
-    """My loss and gradient beside neighbours of other content, length and order, against mine alone."""
+    """My loss and gradient, nothing left out, beside neighbours of other content, length and order, against mine
+    alone."""
     mine, other = documents[0], documents[1]
     generator = np.random.default_rng(0)
     stranger = replace(other, tokens=generator.permutation(other.tokens), targets=np.zeros_like(other.targets))
@@ -267,6 +270,21 @@ def neighbours(model: CausalLM, trainer: Trainer, documents: Sequence[Document])
         worst_gradient = max(worst_gradient, distance(g, gradient))
     advice = "documents leak into each other; please report the model's config"
     return _unchanged("neighbours do not change my", model.dtype, worst_loss, worst_gradient, advice, _probes(trainer))
+
+
+def filtering(model: CausalLM, trainer: Trainer, documents: Sequence[Document]) -> Verdict:
+    """The gradient as it is trained with, which leaves out what is small, against all of it."""
+    model.eval()
+    batches, bound = [Batch.of(documents, model.device)], GRADIENT_BOUND[model.dtype]
+    found: list[list[Tensor | None]] = []
+    for objective in (trainer.objective, trainer.objective.exact):
+        trainer.model.zero_grad(set_to_none=True)
+        accumulate(model, objective, batches)
+        found.append([p.grad for p in model.trainable().values()])
+    changed = distance(*found)
+    advice = "too much of this model's gradient is small; remove train.filtered_loss"
+    figure = f"{changed:.1e} relative, bound {bound:.0e}"
+    return Verdict("filtering hardly changes the gradient", changed <= bound, figure, advice)
 
 
 def shared_prefix(model: CausalLM, trainer: Trainer) -> list[Verdict]:
@@ -301,8 +319,8 @@ def _mine(
     trainer.model.zero_grad(set_to_none=True)
     batches = [Batch.of(pack, model.device, shares)]
     if _probes(trainer):
-        return float(mean_loss(model, trainer.objective, batches)), []
-    loss = float(accumulate(model, trainer.objective, batches))
+        return float(mean_loss(model, trainer.objective.exact, batches)), []
+    loss = float(accumulate(model, trainer.objective.exact, batches))
     return loss, [p.grad for p in model.trainable().values()]  # the next one gets tensors of its own
 
 

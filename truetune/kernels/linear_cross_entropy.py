@@ -12,9 +12,16 @@ pass: the gradient of the sum is known up to one factor, grad_output, which the 
 memory grows neither with the rows nor with the vocabulary. Statistics are fp32, and so are the sums of gradients over
 chunks. The usual loss is one compiled pass over a chunk of logits, which become their gradient (``native/``).
 
+Filtered, the products of the backward are made of the entries of the vocabulary that any row of a chunk has as its
+label or gives a probability that would not round away; columns of the slopes and rows of the weight are gathered.
+Cut cross-entropy leaves the rest out. That is small, but of one sign, so that in sums over rows it adds up where all
+else cancels. Here it is merged into one more entry: D ~ r c^T / sum(r), with r and c its sums by row and by entry, both
+of which stay as they are. On a GPU the host waits once a chunk for how many entries count.
+
 Idea: chunks and gradient-in-forward as in Liger (Hsu et al. 2024, arXiv 2410.10989); cut cross-entropy
-(Wijmans et al. 2024, arXiv 2411.09009) instead chunks the vocabulary. Left out: gradient filtering,
-ignored labels (the caller selects the target rows), second derivatives.
+(Wijmans et al. 2024, arXiv 2411.09009), whose threshold it is, instead chunks the vocabulary. Left out:
+ignored labels (the caller selects the target rows), second derivatives; the filter under z-loss and smoothing, whose
+slopes may be of either sign.
 
 Under autocast a weight of another dtype is cast once per call, as ``F.linear`` does. The gradient of a bf16
 weight needs an fp32 accumulator of the weight's shape; that of an fp32 weight is its own.
@@ -38,6 +45,10 @@ CHUNK_BYTES = 96 << 20
 """Most bytes that a chunk's logits and their fp32 statistics may take."""
 CLASSES = 1 << 14
 """Rows of the weight's gradient that are added to at once."""
+FILTERED_ROWS = 512
+"""Most rows of a chunk whose gradient is filtered: the more rows, the more entries count in one of them."""
+FEW = 0.5
+"""Share of the vocabulary's entries from which on gathering them costs as much as leaving out the rest saves."""
 
 
 class LossTerms(NamedTuple):
@@ -47,6 +58,11 @@ class LossTerms(NamedTuple):
     total: Tensor
     losses: Tensor
     correct: Tensor
+
+
+def filter_threshold(dtype: torch.dtype) -> float:
+    """The largest |softmax - onehot| that counts as none: eps / 32 of the dtype that is multiplied in."""
+    return torch.finfo(dtype).eps / 32
 
 
 @Op
@@ -62,6 +78,7 @@ def linear_cross_entropy(
     up_VR: Tensor | None = None,
     z_loss: float = 0.0,
     smoothing: float = 0.0,
+    filtered: bool = False,
 ) -> LossTerms:
     """Summed cross-entropy (nats) of rows of hidden states under a linear head.
 
@@ -69,6 +86,9 @@ def linear_cross_entropy(
     class ids in [0, V); weights_N is float32, what each row's loss counts for (None: 1), and gets no gradient.
     low_NR and up_VR, both or neither, may have another dtype. z_loss and smoothing (c and a) are part of each row's
     loss. Without rows the total is 0 and so are its gradients.
+    filtered: in the gradients of hidden, weight, low and up the equals may leave out, or merge, entries that every row
+    of a block has below ``filter_threshold`` of the products' dtype, as |softmax - onehot| before anything is
+    multiplied in; weights_N must then be of one sign.
     Gradients come back in the inputs' dtypes, and only for inputs that require them; the equals allow one backward per
     forward.
     Raises ValueError if the dtypes differ outside autocast.
@@ -105,10 +125,11 @@ def chunked(
     up_VR: Tensor | None = None,
     z_loss: float = 0.0,
     smoothing: float = 0.0,
+    filtered: bool = False,
 ) -> LossTerms:
     inputs = (hidden_ND, weight_VD, bias_V, low_NR, up_VR)
     shape = _Shape(scale, softcap, z_loss, smoothing)
-    return LossTerms(*_Chunked.apply(*inputs, labels_N, weights_N, shape, torch.is_grad_enabled()))
+    return LossTerms(*_Chunked.apply(*inputs, labels_N, weights_N, shape, filtered, torch.is_grad_enabled()))
 
 
 class _Shape(NamedTuple):
@@ -132,6 +153,7 @@ class _Chunked(torch.autograd.Function):
         labels_N: Tensor,
         weights_N: Tensor | None,
         shape: _Shape,
+        filtered: bool,
         gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (hidden_ND, weight_VD, bias_V, low_NR, up_VR)
@@ -139,7 +161,8 @@ class _Chunked(torch.autograd.Function):
         dtype = compute_dtype(hidden_ND, weight_VD)
         with no_autocast(hidden_ND):
             up_VR = None if up_VR is None else up_VR.to(dtype)
-            sweep = _Sweep(weight_VD.to(dtype), bias_V, up_VR, shape, len(hidden_ND))
+            merges = filtered and any(wanted) and not (shape.z_loss or shape.smoothing)
+            sweep = _Sweep(weight_VD.to(dtype), bias_V, up_VR, shape, len(hidden_ND), merges)
             losses_N, correct_N, found = sweep(hidden_ND, low_NR, labels_N, weights_N, wanted)
         pairs = zip(found, inputs, strict=True)
         ctx.save_for_backward(*(None if g is None or x is None else g.to(x.dtype) for g, x in pairs))
@@ -153,14 +176,20 @@ class _Chunked(torch.autograd.Function):
         # In place, since the weight's gradient can be the largest tensor of a run. Autograd's version
         # counter makes a second backward through the same graph an error rather than a wrong gradient.
         scaled = (None if g is None else g.mul_(grad_total) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 class _Sweep:
     """One pass over the rows with buffers that are allocated once."""
 
     def __init__(
-        self, weight_VD: Tensor, bias_V: Tensor | None, up_VR: Tensor | None, shape: _Shape, rows: int
+        self,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        up_VR: Tensor | None,
+        shape: _Shape,
+        rows: int,
+        merges: bool,
     ) -> None:
         self.weight_VD, self.bias_V, self.up_VR = weight_VD, bias_V, up_VR
         self.scale, self.softcap, self.z_loss, self.smoothing = shape
@@ -170,8 +199,11 @@ class _Sweep:
         vocabulary = len(weight_VD)
         apart = dtype != work and not self.compiled
         copies = work.itemsize * (apart + (self.softcap is not None and not self.compiled))
-        chunks = math.ceil(rows / max(1, CHUNK_BYTES // (vocabulary * (dtype.itemsize + copies))))
+        most = max(1, CHUNK_BYTES // (vocabulary * (dtype.itemsize + copies)))
+        chunks = math.ceil(rows / (min(most, FILTERED_ROWS) if merges else most))
         self.rows = math.ceil(rows / max(1, chunks))
+        self.reached_V = weight_VD.new_empty(vocabulary, dtype=torch.bool) if merges else None
+        self.threshold = filter_threshold(dtype)
         chunk = (self.rows, vocabulary)
         self.logits_CV = weight_VD.new_empty(chunk)
         self.work_CV = weight_VD.new_empty(chunk, dtype=work) if apart else self.logits_CV
@@ -204,17 +236,34 @@ class _Sweep:
             weights_C = None if weights_N is None else weights_N[part]
             found = losses_N[part], correct_N[part]
             slopes_CV = self._slopes(hidden_CD, low_CR, labels_N[part], weights_C, *found, any(wanted))
-            if grad_hidden_ND is not None:
-                grad_hidden_ND[part] = slopes_CV @ self.weight_VD
-            if grad_low_NR is not None and self.up_VR is not None:
-                grad_low_NR[part] = slopes_CV @ self.up_VR
-            if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, slopes_CV, hidden_CD)
             if grad_bias_V is not None:
                 grad_bias_V += slopes_CV.sum(0, dtype=work)
+            if not any(wanted):
+                continue
+            slopes = self._merged(slopes_CV, labels_N[part])
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[part] = slopes.times(self.weight_VD)
+            if grad_low_NR is not None and self.up_VR is not None:
+                grad_low_NR[part] = slopes.times(self.up_VR)
+            if grad_weight_VD is not None:
+                slopes.add_transposed(grad_weight_VD, hidden_CD)
             if grad_up_VR is not None and low_CR is not None:
-                _add_product(grad_up_VR, slopes_CV, low_CR)
+                slopes.add_transposed(grad_up_VR, low_CR)
         return losses_N, correct_N, (grad_hidden_ND, grad_weight_VD, grad_bias_V, grad_low_NR, grad_up_VR)
+
+    def _merged(self, slopes_CV: Tensor, labels_C: Tensor) -> _Slopes:
+        """The slopes that products are made of: all, or those that count and the rest as one entry."""
+        if self.reached_V is None:
+            return _Slopes(slopes_CV)
+        self.reached_V[labels_C] = True
+        kept_K = self.reached_V.nonzero()[:, 0]
+        if len(kept_K) > FEW * len(self.reached_V):
+            return _Slopes(slopes_CV)
+        rest_C1 = slopes_CV @ (~self.reached_V)[:, None].to(slopes_CV.dtype)
+        sums_V = (slopes_CV.new_ones(1, len(slopes_CV)) @ slopes_CV)[0].masked_fill_(self.reached_V, 0)
+        total = rest_C1.sum()
+        share_V = sums_V / torch.where(total == 0, 1, total)
+        return _Slopes(torch.cat([slopes_CV.index_select(1, kept_K), rest_C1], 1), kept_K, share_V)
 
     def _slopes(
         self,
@@ -236,7 +285,8 @@ class _Sweep:
             torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
         if self.compiled:
             shape = (self.scale, self.softcap or 0.0)
-            cross_entropy.in_place(logits_CV, labels_C, weights_C, losses_C, correct_C, *shape, wanted)
+            filtering = (self.reached_V, self.threshold)
+            cross_entropy.in_place(logits_CV, labels_C, weights_C, losses_C, correct_C, *shape, wanted, *filtering)
             return logits_CV
         labels_C1 = labels_C[:, None]
         work_CV, lse_C1 = self._softmax(logits_CV, labels_C1, losses_C, correct_C)
@@ -279,6 +329,8 @@ class _Sweep:
 
     def _to_gradient(self, work_CV: Tensor, lse_C1: Tensor, labels_C1: Tensor) -> None:
         """Turn the softmax, in place, into the gradient of the summed loss by h W^T + b."""
+        if self.reached_V is not None:
+            torch.lt(work_CV.amax(0), self.threshold, out=self.reached_V).logical_not_()  # what is no number is reached
         if self.z_loss:
             work_CV.mul_(1 + 2 * self.z_loss * lse_C1)
         if self.smoothing:
@@ -290,11 +342,29 @@ class _Sweep:
             work_CV.mul_(self.scale)
 
 
-def _add_product(sum_VD: Tensor, slopes_CV: Tensor, x_CD: Tensor) -> None:
-    """sum += slopes^T x. In another dtype than the sum's a part of the classes at a time, since each takes a copy."""
-    if sum_VD.dtype == slopes_CV.dtype:
-        sum_VD.addmm_(slopes_CV.T, x_CD)
-        return
-    for start in range(0, len(sum_VD), CLASSES):
-        part = slice(start, start + CLASSES)
-        sum_VD[part] += slopes_CV[:, part].T @ x_CD
+class _Slopes(NamedTuple):
+    """slopes [C, V] as columns: all, or those of the entries kept_K and one more, which is spread over all entries by
+    share_V."""
+
+    columns_CK: Tensor
+    kept_K: Tensor | None = None
+    share_V: Tensor | None = None
+
+    def times(self, x_VD: Tensor) -> Tensor:
+        """slopes @ x."""
+        if self.kept_K is None or self.share_V is None:
+            return self.columns_CK @ x_VD
+        return self.columns_CK @ torch.cat([x_VD.index_select(0, self.kept_K), self.share_V[None] @ x_VD])
+
+    def add_transposed(self, sum_VD: Tensor, x_CD: Tensor) -> None:
+        """sum += slopes^T @ x. A part of the classes at a time, since each takes a copy, but for all in one dtype."""
+        columns_CK, kept_K, share_V = self
+        if kept_K is None and sum_VD.dtype == columns_CK.dtype:
+            sum_VD.addmm_(columns_CK.T, x_CD)
+            return
+        if kept_K is not None and share_V is not None:
+            columns_CK, rest_C = columns_CK[:, :-1], columns_CK[:, -1]
+            sum_VD.addr_(share_V.to(sum_VD.dtype), (rest_C @ x_CD).to(sum_VD.dtype))
+        for start in range(0, columns_CK.shape[1], CLASSES):
+            part = slice(start, start + CLASSES)
+            sum_VD[part if kept_K is None else kept_K[part]] += columns_CK[:, part].T @ x_CD

@@ -29,9 +29,14 @@ class Terms:
 
 
 class Objective(Protocol):
-    """router: the router loss that it adds, None for none."""
+    """router: the router loss that it adds, None for none; filtered: whether its gradient leaves out what is small;
+    exact: the same objective with all of its gradient."""
 
     router: Router | None
+    filtered: bool
+
+    @property
+    def exact(self) -> Objective: ...
 
     def count(self, batch: Batch) -> float:
         """What the batch contributes to the denominator."""

@@ -19,10 +19,15 @@ class NextToken:
     """Sum of -log p(token | tokens before it in its document) over target tokens, each times its weight.
 
     router: adds the load-balancing loss of each document, by the weights of its targets, times its coefficient.
+    filtered: as in ``linear_cross_entropy``.
     """
 
-    def __init__(self, router: Router | None = None) -> None:
-        self.router = router
+    def __init__(self, router: Router | None = None, filtered: bool = False) -> None:
+        self.router, self.filtered = router, filtered
+
+    @property
+    def exact(self) -> NextToken:
+        return NextToken(self.router) if self.filtered else self
 
     def count(self, batch: Batch) -> float:
         return batch.total
@@ -46,6 +51,7 @@ class NextToken:
                 None if batch.weights is None else batch.weights[chosen],
                 head.low(hidden_ND) if head.low else None,
                 head.up,
+                filtered=self.filtered,
             )
         if not self.router or not states:
             return Terms(terms.total, terms.losses, terms.correct)

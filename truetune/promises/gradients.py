@@ -1,7 +1,7 @@
 """Promises about one gradient: however a step is split, whoever stands beside, and against Hugging Face's own.
 
 The reference of parity is written here once more, from the documents: it shares neither batches, nor labels, nor
-attention, nor loss with what is trained.
+attention, nor loss with what is trained. Where training filters its gradient, these are of all of it.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def accumulation(ground: Ground) -> Verdict:
         "a short last one": [documents[:-1], documents[-1:]],
         "in another order": [shuffled[:1], shuffled[1:]],
     }
-    truth = measure(ground.twin, ground.trainer.objective, [documents])
-    found = {name: measure(ground.twin, ground.trainer.objective, packs) for name, packs in splits.items()}
+    truth = measure(ground.twin, ground.trainer.objective.exact, [documents])
+    found = {name: measure(ground.twin, ground.trainer.objective.exact, packs) for name, packs in splits.items()}
     return _close(ground, truth, found, "of the big batch's", "a micro-batch does not weigh what its targets weigh")
 
 
 def isolation(ground: Ground) -> Verdict:
     """Neighbours of other content, length, order and number change neither my loss nor my gradient."""
-    twin, objective = ground.twin, ground.trainer.objective
+    twin, objective = ground.twin, ground.trainer.objective.exact
     mine, other, third = ground.documents[:3]
     a, b = stranger(other, 0), stranger(third, 1)
     short = a.part(0, len(a) // 2 + 1)
@@ -74,7 +74,7 @@ def isolation(ground: Ground) -> Verdict:
 
 def parity(ground: Ground) -> Verdict:
     """Loss and gradient equal plain Hugging Face's, and what was exported gives the live model's logits."""
-    model, objective, documents = ground.trainer.model.eval(), ground.trainer.objective, ground.documents
+    model, objective, documents = ground.trainer.model.eval(), ground.trainer.objective.exact, ground.documents
     truth = plain(ground.twin, documents, objective.router)
     found = {"float64" if ground.exact else "one batch": measure(ground.twin, objective, [documents])}
     advice = "this model is not computed rightly here; please report it with its config"

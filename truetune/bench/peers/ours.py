@@ -50,7 +50,7 @@ def main() -> None:
     router = choose_router(model, recipe.train.router_loss)
     trainer = Trainer(
         model=model,
-        objective=NextToken(router),
+        objective=NextToken(router, recipe.train.filtered_loss),
         optimizer=build_optimizer(recipe, model),
         schedule=SCHEDULES["constant"](len(stream)),
         documents=documents,

@@ -28,12 +28,16 @@ def in_place(
     scale: float,
     softcap: float,
     gradient: bool,
+    reached_V: Tensor | None = None,
+    threshold: float = 0.0,
 ) -> None:
     """Fill losses_C (float, unweighted) and correct_C; the logits become the gradient of the weighted sum of losses.
 
-    softcap: 0 for none. weights_C: float. Raises IndexError for a label that is no class.
+    softcap: 0 for none. weights_C: float. reached_V: bool; with the gradient it is told for each class whether in any
+    row with another label its softmax is not below the threshold. Raises IndexError for a label that is no class.
     """
     compiled = kernels()
     assert compiled, "ask computes first"
     weights_C = None if weights_C is None else weights_C.contiguous()
-    compiled.cross_entropy(logits_CV, labels_C.contiguous(), weights_C, losses_C, correct_C, scale, softcap, gradient)
+    found, shape = (labels_C.contiguous(), weights_C, losses_C, correct_C), (scale, softcap, gradient)
+    compiled.cross_entropy(logits_CV, *found, *shape, reached_V, threshold)

@@ -9,9 +9,8 @@ of logits is computed again, and with S its softmax, y the label, a the smoothin
 is multiplied into the gradients, which are summed in fp32 by atomic additions: their order, and so their last bits, may
 change from run to run. Every product is on tensor cores in the inputs' dtype, sums are fp32.
 
-Filtering: a tile in which every |d| is below a threshold is skipped, which changes no gradient by more than that times
-the factors that d has. ``filter_threshold`` is the paper's: what rounds away in the inputs' dtype. Entries in the order
-of their mean logit make skippable ones lie together.
+Filtered, a tile in which every |d| is below ``filter_threshold`` is skipped, which changes no gradient by more than
+that times the factors that d has. Entries in the order of their mean logit make skippable ones lie together.
 
 Wijmans et al. 2024, arXiv 2411.09009. Left out: a head with an adapter, which torch's own does.
 Shape suffixes: N target rows, D hidden size, V vocabulary, S parts of the vocabulary.
@@ -27,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from truetune.kernels.linear_cross_entropy import LossTerms, chunked
+from truetune.kernels.linear_cross_entropy import LossTerms, chunked, filter_threshold
 from truetune.kernels.op import compute_dtype
 from truetune.kernels.triton.functions import tanh
 from truetune.kernels.triton.launch import launch
@@ -214,11 +213,6 @@ def _by_mean_logit(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) 
     return (mean_V if bias_V is None else mean_V + bias_V).argsort(descending=True)
 
 
-def filter_threshold(dtype: torch.dtype) -> float:
-    """The largest |softmax - onehot| that counts as none: eps / 32 of the dtype that is multiplied in."""
-    return torch.finfo(dtype).eps / 32
-
-
 def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -231,20 +225,20 @@ def linear_cross_entropy(
     up_VR: Tensor | None = None,
     z_loss: float = 0.0,
     smoothing: float = 0.0,
+    filtered: bool = False,
     *,
-    threshold: float = 0.0,
-    ordered: bool = False,
+    ordered: bool = True,
     skipped_1: Tensor | None = None,
 ) -> LossTerms:
-    """The operation, and three options of the backward.
+    """The operation, and two options of its filter.
 
-    threshold: tiles in which all |d| are below it are skipped; 0 skips none. ordered: tiles are of entries in the order
-    of their mean logit. skipped_1: int32, to which the number of skipped tiles is added.
+    ordered: tiles are of entries in the order of their mean logit. skipped_1: int32, to which the number of skipped
+    tiles is added.
     """
     if low_NR is not None or up_VR is not None:
-        return chunked(
-            hidden_ND, weight_VD, labels_N, bias_V, scale, softcap, weights_N, low_NR, up_VR, z_loss, smoothing
-        )
-    options = (scale, softcap, z_loss, smoothing, threshold, ordered, skipped_1)
+        tensors, factors = (hidden_ND, weight_VD, labels_N, bias_V), (scale, softcap)
+        return chunked(*tensors, *factors, weights_N, low_NR, up_VR, z_loss, smoothing, filtered)
+    threshold = filter_threshold(compute_dtype(hidden_ND, weight_VD)) if filtered else 0.0
+    options = (scale, softcap, z_loss, smoothing, threshold, filtered and ordered, skipped_1)
     bias_V, weights_N = (x if x is None else x.contiguous() for x in (bias_V, weights_N))
     return LossTerms(*_Cut.apply(hidden_ND, weight_VD, bias_V, labels_N.contiguous(), weights_N, options))
