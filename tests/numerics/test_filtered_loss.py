@@ -11,6 +11,7 @@ from torch import Tensor
 
 from truetune.kernels import LossTerms, linear_cross_entropy
 from truetune.kernels.linear_cross_entropy import FEW, filter_threshold
+from truetune.kernels.product import products
 
 # The package exports the operation under the name of its module.
 module = sys.modules["truetune.kernels.linear_cross_entropy"]
@@ -59,9 +60,8 @@ def results(tensors: dict[str, Tensor], **options: Any) -> tuple[LossTerms, dict
 def by_definition(tensors: dict[str, Tensor], options: dict[str, Any], threshold: float, rows: int) -> Merged:
     """In float64, from slopes of which, in blocks of rows, what is small is merged; logits are rounded as ours are."""
     plain = {name: t.detach() for name, t in tensors.items()}
-    product = plain["hidden_ND"] @ plain["weight_VD"].T
-    if "low_NR" in plain:
-        product = torch.addmm(plain["low_NR"] @ plain["up_VR"].T, plain["hidden_ND"], plain["weight_VD"].T)
+    lefts, rights = (names[: 1 + ("low_NR" in plain)] for names in (("hidden_ND", "low_NR"), ("weight_VD", "up_VR")))
+    product = products([plain[name] for name in lefts], [plain[name] for name in rights])
     scale, softcap = options.get("scale", 1.0), options.get("softcap")
     z = scale * (product.double() + options.get("bias_V", torch.zeros(1)).double())
     t = torch.tanh(z / softcap) if softcap else torch.zeros_like(z)

@@ -40,6 +40,7 @@ from torch.autograd.function import once_differentiable
 
 from truetune.kernels.native import cross_entropy
 from truetune.kernels.op import Op, compute_dtype, no_autocast, statistics_dtype
+from truetune.kernels.product import products
 
 CHUNK_BYTES = 96 << 20
 """Most bytes that a chunk's logits and their fp32 statistics may take."""
@@ -242,9 +243,9 @@ class _Sweep:
                 continue
             slopes = self._merged(slopes_CV, labels_N[part])
             if grad_hidden_ND is not None:
-                grad_hidden_ND[part] = slopes.times(self.weight_VD)
+                grad_hidden_ND[part] = slopes.times(self.weight_VD, grad_hidden_ND.dtype)
             if grad_low_NR is not None and self.up_VR is not None:
-                grad_low_NR[part] = slopes.times(self.up_VR)
+                grad_low_NR[part] = slopes.times(self.up_VR, grad_low_NR.dtype)
             if grad_weight_VD is not None:
                 slopes.add_transposed(grad_weight_VD, hidden_CD)
             if grad_up_VR is not None and low_CR is not None:
@@ -280,9 +281,9 @@ class _Sweep:
         It stands in the buffer of the logits."""
         logits_CV = self.logits_CV[: len(hidden_CD)]
         if low_CR is not None and self.up_VR is not None:
-            torch.mm(low_CR, self.up_VR.T, out=logits_CV).addmm_(hidden_CD, self.weight_VD.T)
+            products([hidden_CD, low_CR], [self.weight_VD, self.up_VR], out=logits_CV)
         else:
-            torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
+            products([hidden_CD], [self.weight_VD], out=logits_CV)
         if self.compiled:
             shape = (self.scale, self.softcap or 0.0)
             filtering = (self.reached_V, self.threshold)
@@ -350,11 +351,12 @@ class _Slopes(NamedTuple):
     kept_K: Tensor | None = None
     share_V: Tensor | None = None
 
-    def times(self, x_VD: Tensor) -> Tensor:
-        """slopes @ x."""
+    def times(self, x_VD: Tensor, dtype: torch.dtype) -> Tensor:
+        """slopes @ x, in ``dtype``."""
         if self.kept_K is None or self.share_V is None:
-            return self.columns_CK @ x_VD
-        return self.columns_CK @ torch.cat([x_VD.index_select(0, self.kept_K), self.share_V[None] @ x_VD])
+            return products([self.columns_CK], [x_VD.T], dtype=dtype)
+        merged_KD = torch.cat([x_VD.index_select(0, self.kept_K), self.share_V[None] @ x_VD])
+        return products([self.columns_CK], [merged_KD.T], dtype=dtype)
 
     def add_transposed(self, sum_VD: Tensor, x_CD: Tensor) -> None:
         """sum += slopes^T @ x. A part of the classes at a time, since each takes a copy, but for all in one dtype."""
@@ -367,4 +369,5 @@ class _Slopes(NamedTuple):
             sum_VD.addr_(share_V.to(sum_VD.dtype), (rest_C @ x_CD).to(sum_VD.dtype))
         for start in range(0, columns_CK.shape[1], CLASSES):
             part = slice(start, start + CLASSES)
-            sum_VD[part if kept_K is None else kept_K[part]] += columns_CK[:, part].T @ x_CD
+            place = part if kept_K is None else kept_K[part]
+            sum_VD[place] += products([columns_CK[:, part].T], [x_CD.T], dtype=sum_VD.dtype)

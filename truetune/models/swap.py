@@ -82,21 +82,25 @@ def swap(model: nn.Module, autocast: Context) -> int:
     return count
 
 
-def swap_linears(model: PreTrainedModel, head: str) -> int:
-    """Let linear layers that are trained, but for the output layer ``head``, compute by our products, those of one
-    input at once; how many they are."""
+def swap_linears(model: PreTrainedModel, head: str, autocast: Context) -> int:
+    """Let linear layers that are trained, but for the output layer ``head`` and LoRA's factors, compute by our
+    products, those of one input at once; how many they are."""
     if not linears.has_equal(model.device):
         return 0
-    output = model.get_submodule(head)
+    left = {model.get_submodule(head)}.union(*(m.modules() for m in model.modules() if isinstance(m, LoraLayer)))
     trained = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m.weight.requires_grad}
-    chosen: dict[str, Any] = {n: m for n, m in trained.items() if m is not output}
+    chosen: dict[str, Any] = {n: m for n, m in trained.items() if m not in left}
+    if not chosen:
+        return 0
+    with autocast():
+        groups = of_one_input(model)
     for module in chosen.values():
         module.__class__, module.together = _OurLinear, None
-    for names in of_one_input(model) if chosen else ():
-        if layers := [chosen[name] for name in names if name in chosen]:
-            together = Together(layers, _linears)
-            for layer in layers:
-                layer.together = together
+    for names in groups:
+        layers = [chosen[name] for name in names if name in chosen]
+        together = Together(layers, _linears)
+        for layer in layers:
+            layer.together = together
     return len(chosen)
 
 

@@ -68,7 +68,7 @@ class CausalLM(nn.Module):
             narrow(self.hf.get_submodule(tail.decoder))
         swap(self.hf, self.autocast)
         if dtype == torch.bfloat16:
-            swap_linears(self.hf, tail.head)
+            swap_linears(self.hf, tail.head, self.autocast)
         self.hf.set_attn_implementation(route.attention or route.published)
 
     @property

@@ -15,6 +15,7 @@ from tiny import random_documents, tiny, tiny_trainer, wrap
 from torch import Tensor, nn
 
 from truetune.kernels.native.build import kernels
+from truetune.kernels.product import available
 from truetune.kernels.triton import KERNELS, switched_on
 from truetune.models.swap import Swapped, swap, unswapped
 from truetune.training.record import Step
@@ -30,19 +31,21 @@ def swapped(model: nn.Module) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("family", "expected"),
+    ("family", "expected", "linears"),
     [
-        ("llama", {"LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}),
-        ("qwen3", {"Qwen3Attention": 2, "Qwen3MLP": 2, "Qwen3RMSNorm": 9}),
-        ("gemma2", {"Gemma2Attention": 2, "Gemma2MLP": 2, "Gemma2RMSNorm": 9}),
-        ("granite", {"GraniteAttention": 2, "GraniteMLP": 2, "GraniteRMSNorm": 5}),
-        ("gpt2", {}),
-        ("opt", {}),
+        ("llama", {"LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}, 14),
+        ("qwen3", {"Qwen3Attention": 2, "Qwen3MLP": 2, "Qwen3RMSNorm": 9}, 14),
+        ("gemma2", {"Gemma2Attention": 2, "Gemma2MLP": 2, "Gemma2RMSNorm": 9}, 14),
+        ("granite", {"GraniteAttention": 2, "GraniteMLP": 2, "GraniteRMSNorm": 5}, 14),
+        ("gpt2", {}, 0),
+        ("opt", {}, 12),
     ],
 )
 @pytest.mark.parametrize("lora", [False, True])
-def test_what_is_swapped(family: str, expected: dict[str, int], lora: bool) -> None:
-    assert swapped(wrap(tiny(family), lora, torch.bfloat16)) == expected
+def test_what_is_swapped(family: str, expected: dict[str, int], linears: int, lora: bool) -> None:
+    trained = {} if lora or not linears or not available() else {"_OurLinear": linears}
+    assert swapped(wrap(tiny(family), lora, torch.bfloat16)) == expected | trained
+    assert swapped(wrap(tiny(family), lora, torch.float32)) == expected
 
 
 class Norm(nn.Module):
