@@ -96,6 +96,17 @@ def test_a_label_that_is_no_class() -> None:
             compiled(torch.zeros(1, 3), torch.tensor([label]))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_classes_that_reach_the_threshold_in_any_row_of_any_thread(threads: int) -> None:
+    torch.set_num_threads(threads)
+    logits, labels = torch.zeros(8, 37), torch.full((8,), 36)
+    logits[torch.arange(8), torch.arange(8) * 4] = 5.0  # of which a softmax of 0.8 is made, and 0.005 of the others
+    reached = torch.ones(37, dtype=torch.bool)
+    rest = torch.empty(8), torch.empty(8, dtype=torch.bool)
+    cross_entropy.in_place(logits, labels, torch.zeros(8), *rest, 1.0, 0.0, True, reached, 0.1)
+    assert reached.nonzero()[:, 0].tolist() == list(range(0, 32, 4))
+
+
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     monkeypatch.setattr(cross_entropy, "in_place", lambda *args: called.append(args))
