@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from truetune.kernels.adamw_8bit import dynamic_map
-from truetune.optim.low_rank import GaLore, LowRank, adam, corrected
-from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
+from truetune.optim.low_rank import GaLore, LowRank, corrected
+from truetune.optim.rule import Betas, Groups, Rule, State, decay, direction, require
 
 
 def pack(x: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
@@ -51,15 +51,15 @@ def packed_zeros(x: Tensor, group: dict[str, Any]) -> State:
     return state
 
 
-def adam_8bit(low: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-    """``low_rank.adam`` of a stack with packed moments."""
+def adam_8bit(g: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+    """``rule.direction`` of a stack with packed moments."""
     if "m_scale" not in state:
-        return adam(low, state, group)
-    full = {name: unpack(state[name], state[f"{name}_scale"], signed, low) for name, signed in SIGNED.items()}
-    direction = adam(low, full, group)
+        return direction(g, state, group)
+    full = {name: unpack(state[name], state[f"{name}_scale"], signed, g) for name, signed in SIGNED.items()}
+    step = direction(g, full, group)
     for name, signed in SIGNED.items():
         state[name], state[f"{name}_scale"] = pack(full[name], signed, group["block"])
-    return direction
+    return step
 
 
 def require_blocks(block: int, smallest: int) -> None:
@@ -94,8 +94,7 @@ class AdamW8bit(Rule):
 
     def update(self, x: Tensor, g: Tensor, t: int, state: State, group: dict[str, Any]) -> None:
         decay(x, group)
-        direction = adam_8bit(g, state, group)
-        x.sub_(direction, alpha=corrected(t, group))
+        x.sub_(adam_8bit(g, state, group), alpha=corrected(t, group))
 
 
 class GaLore8bit(GaLore):
