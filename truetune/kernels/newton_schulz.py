@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from truetune.kernels.op import Op
+from truetune.kernels.symmetric import symmetric
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 Symmetric = Callable[[Tensor, Tensor | None, float, float], Tensor]
@@ -22,7 +23,29 @@ Symmetric = Callable[[Tensor, Tensor | None, float, float], Tensor]
 @Op
 def newton_schulz(matrices_BMN: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
     """Matrices [B, M, N] -> nearly orthogonal ones, computed in their dtype. No gradient."""
-    return iterate(matrices_BMN, steps, eps, _symmetric)
+    return iterate(matrices_BMN, steps, eps, symmetric.reference)
+
+
+@newton_schulz.on("cpu")
+def _one_by_one(matrices_BMN: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """Each as it lies, so that a tall one is not turned, and what is multiplied stays in the cache."""
+    a, b, c = COEFFICIENTS
+    done = []
+    with torch.no_grad():
+        for x in matrices_BMN:
+            tall = x.shape[0] > x.shape[1]
+            x = x / _norm(x, eps)
+            for _ in range(steps):
+                gram_1SS = symmetric((x.mT if tall else x)[None])
+                p = symmetric(gram_1SS, gram_1SS, c, b)[0]
+                x = torch.addmm(x, x, p, beta=a) if tall else torch.addmm(x, p, x, beta=a)
+            done.append(x)
+    return done[0][None] if len(done) == 1 else torch.stack(done)
+
+
+def _norm(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.matrix_norm(x, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (norm + eps).to(x.dtype)
 
 
 def iterate(matrices_BMN: Tensor, steps: int, eps: float, symmetric: Symmetric) -> Tensor:
@@ -31,15 +54,8 @@ def iterate(matrices_BMN: Tensor, steps: int, eps: float, symmetric: Symmetric) 
     tall = matrices_BMN.shape[1] > matrices_BMN.shape[2]
     with torch.no_grad():
         x_BSL = (matrices_BMN.mT if tall else matrices_BMN).contiguous()
-        norm_B11 = torch.linalg.matrix_norm(x_BSL, keepdim=True, dtype=torch.promote_types(x_BSL.dtype, torch.float32))
-        x_BSL = x_BSL / (norm_B11 + eps).to(x_BSL.dtype)
+        x_BSL = x_BSL / _norm(x_BSL, eps)
         for _ in range(steps):
             gram_BSS = symmetric(x_BSL, None, 1.0, 0.0)
             x_BSL = torch.baddbmm(x_BSL, symmetric(gram_BSS, gram_BSS, c, b), x_BSL, beta=a)
     return x_BSL.mT if tall else x_BSL
-
-
-def _symmetric(x_BSL: Tensor, added_BSS: Tensor | None, alpha: float, beta: float) -> Tensor:
-    if added_BSS is None:
-        return (x_BSL @ x_BSL.mT).mul_(alpha)
-    return torch.baddbmm(added_BSS, x_BSL, x_BSL.mT, beta=beta, alpha=alpha)

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from truetune.optim.low_rank import adam, is_tall, project, project_back
+from truetune.optim.low_rank import is_tall, project, project_back, subtract
 from truetune.optim.matrix import orthogonalize
-from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
+from truetune.optim.rule import Betas, Groups, Rule, State, decay, direction, require
 
 
 def cosines(g: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class DCTAdamW(Rule):
         if group["feedback"]:
             state["E"] = g - project_back(low, q, tall)
         root = (1 - b2**t) ** 0.5
-        u = adam(low, state, group | {"eps": group["eps"] * root})
-        x.sub_(project_back(u, q, tall), alpha=group["lr"] * root / (1 - b1**t))
+        u = direction(low, state, group | {"eps": group["eps"] * root})
+        subtract(x, u, q, group["lr"] * root / (1 - b1**t))
 
     @staticmethod
     def _turn(chosen: Tensor, tall: bool, state: State) -> None:
@@ -144,4 +144,4 @@ class Trion(Rule):
             "none": 1.0,
         }
         decay(x, group)
-        x.sub_(project_back(orthogonalize(low), q, tall), alpha=group["lr"] * scale[group["scale"]])
+        subtract(x, orthogonalize(low), q, group["lr"] * scale[group["scale"]])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from truetune.kernels.adamw_8bit import adamw_8bit, pack, unpack
-from truetune.optim.low_rank import GaLore, LowRank, adam
-from truetune.optim.rule import Betas, Groups, Rule, State, adamw_step, require
+from truetune.optim.low_rank import GaLore, LowRank
+from truetune.optim.rule import Betas, Groups, Rule, State, adamw_step, direction, require
 
 SIGNED = {"m": True, "v": False}
 ZERO = {"m": 127, "v": 0}
@@ -33,15 +33,15 @@ def packed_zeros(x: Tensor, group: dict[str, Any]) -> State:
     return state
 
 
-def adam_8bit(low: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-    """``low_rank.adam`` of a stack with packed moments."""
+def adam_8bit(g: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+    """``rule.direction`` of a stack with packed moments."""
     if "m_scale" not in state:
-        return adam(low, state, group)
-    full = {name: unpack(state[name], state[f"{name}_scale"], signed, low) for name, signed in SIGNED.items()}
-    direction = adam(low, full, group)
+        return direction(g, state, group)
+    full = {name: unpack(state[name], state[f"{name}_scale"], signed, g) for name, signed in SIGNED.items()}
+    step = direction(g, full, group)
     for name, signed in SIGNED.items():
         state[name], state[f"{name}_scale"] = pack(full[name], signed, group["block"])
-    return direction
+    return step
 
 
 def require_blocks(block: int, smallest: int) -> None:

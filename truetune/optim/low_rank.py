@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from truetune.devices import to_device
-from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
+from truetune.optim.rule import Betas, Groups, Rule, State, decay, direction, require
 
 
 def is_tall(x: Tensor) -> bool:
@@ -29,6 +29,12 @@ def project_back(low: Tensor, q: Tensor, tall: bool) -> Tensor:
     return low @ q.mT if tall else q @ low
 
 
+def subtract(x: Tensor, low: Tensor, q: Tensor, rate: float) -> None:
+    """x <- x - rate * project_back(low) in one pass."""
+    flat, low, q = x.view(-1, *x.shape[-2:]), low.flatten(0, -3), q.flatten(0, -3)
+    flat.baddbmm_(*((low, q.mT) if is_tall(x) else (q, low)), alpha=-rate)
+
+
 def singular_basis(g: Tensor, rank: int) -> Tensor:
     """The first ``rank`` singular vectors of the smaller side of ``g``, as columns."""
     left, _, right = torch.linalg.svd(g, full_matrices=False)
@@ -38,14 +44,6 @@ def singular_basis(g: Tensor, rank: int) -> Tensor:
 def limit_growth(length: Tensor, before: Tensor, growth: float = 1.01) -> Tensor:
     """Fira's limiter: what to divide by, so that a norm is at most ``growth`` times the one before, if there is one."""
     return torch.where(before > 0, (length / (before + 1e-8)).clamp_(min=growth) / growth, 1.0)
-
-
-def adam(low: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-    """m / (sqrt(v) + eps) of what was projected; bias is corrected by ``corrected``."""
-    (b1, b2), m, v = group["betas"], state["m"], state["v"]
-    m.lerp_(low, 1 - b1)
-    v.lerp_(low * low, 1 - b2)
-    return m / (v.sqrt() + group["eps"])
 
 
 def corrected(t: int, group: dict[str, Any]) -> float:
@@ -58,7 +56,7 @@ class LowRank(Rule):
     """What the rules of this file share: their options, and Adam in the space of a basis."""
 
     takes = ("matrices",)
-    adam = staticmethod(adam)
+    adam = staticmethod(direction)
 
     def __init__(self, groups: Groups, rate: float, *, rank: int, gap: int, scale: float, **options: Any) -> None:
         require("rank", rank > 0, "an integer above 0")
@@ -98,7 +96,7 @@ class GaLore(LowRank):
         if (t - 1) % group["gap"] == 0:
             state["Q"] = singular_basis(g, state["Q"].shape[-1])
         low = self.adam(project(g, state["Q"]), state, group)
-        x.sub_(project_back(low, state["Q"], is_tall(g)), alpha=corrected(t, group) * group["scale"])
+        subtract(x, low, state["Q"], corrected(t, group) * group["scale"])
         decay(x, group)
 
 
@@ -131,22 +129,25 @@ class Fira(LowRank):
     def update(self, x: Tensor, g: Tensor, t: int, state: State, group: dict[str, Any]) -> None:
         if (t - 1) % group["gap"] == 0:
             state["Q"] = singular_basis(g, state["Q"].shape[-1])
-        q, tall = state["Q"], is_tall(g)
+        q = state["Q"]
         low = project(g, q)
         psi = self.adam(low, state, group)
-        axis = -1 if tall else -2
-        phi = psi.norm(dim=axis, keepdim=True) / (low.norm(dim=axis, keepdim=True) + 1e-8)
-        residual = limited(phi * (g - project_back(low, q, tall)), state)
-        x.sub_(residual.add_(project_back(psi, q, tall), alpha=group["scale"]), alpha=corrected(t, group))
+        axis = -1 if is_tall(g) else -2
+        whole, kept = (torch.linalg.vector_norm(a, dim=axis, keepdim=True) for a in (g, low))
+        phi = torch.linalg.vector_norm(psi, dim=axis, keepdim=True) / (kept + 1e-8)
+        left_out = (whole + kept) * (whole - kept).clamp_(min=0)  # |G|^2 - |Q^T G|^2, of each column
+        phi /= limit((phi * phi * left_out).sum((-2, -1), keepdim=True).sqrt_(), state)
+        rate = corrected(t, group)
+        x.addcmul_(g, phi, value=-rate)
+        subtract(x, psi.mul_(group["scale"]).sub_(phi * low), q, rate)
         decay(x, group)
 
 
-def limited(u: Tensor, state: State) -> Tensor:
-    """``u`` within the growth of its norm that is allowed; ``state`` keeps the norm."""
-    length = torch.linalg.matrix_norm(u, keepdim=True)
+def limit(length: Tensor, state: State) -> Tensor:
+    """What to divide matrices of this norm by, for the growth that is allowed; ``state`` keeps what is left."""
     factor = limit_growth(length, state["length"])
     state["length"] = length / factor
-    return u / factor
+    return factor
 
 
 class Apollo(LowRank):
@@ -188,7 +189,9 @@ class Apollo(LowRank):
         psi = self.adam(low, state, group)
         axes = (-2, -1) if group["per"] == "tensor" else (-1,) if is_tall(g) else (-2,)
         s = psi.norm(dim=axes, keepdim=True) / (low.norm(dim=axes, keepdim=True) + 1e-8)
-        x.sub_(limited(s * g, state), alpha=corrected(t, group) * group["scale"])
+        u = s * g
+        factor = limit(torch.linalg.matrix_norm(u, keepdim=True), state)
+        x.sub_(u.div_(factor), alpha=corrected(t, group) * group["scale"])
         decay(x, group)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from truetune.devices import has_fast_bf16
 from truetune.kernels.newton_schulz import newton_schulz
-from truetune.optim.rule import Betas, Groups, Rule, State, decay, require
+from truetune.kernels.symmetric import symmetric
+from truetune.optim.rule import Betas, Groups, Rule, State, decay, direction, require
 
 
 def orthogonalize(x: Tensor, rounds: int = 5) -> Tensor:
@@ -67,18 +68,22 @@ class Muon(Rule):
 
     def update(self, x: Tensor, g: Tensor, t: int, state: State, group: dict[str, Any]) -> None:
         m, mu = state["m"], group["momentum"]
-        fresh = 1 - mu if group["convention"] == "average" else 1.0
-        m.mul_(mu).add_(g, alpha=fresh)
-        ahead = mu * m + fresh * g if group["nesterov"] else m
+        if group["convention"] == "average":
+            m.lerp_(g, 1 - mu)
+            ahead = g.lerp(m, mu) if group["nesterov"] else m
+        else:
+            m.mul_(mu).add_(g)
+            ahead = g.add(m, alpha=mu) if group["nesterov"] else m
         rows, columns = x.shape[-2:]
         scale = {"rms": 0.2 * max(rows, columns) ** 0.5, "spectral": max(1, rows / columns) ** 0.5, "none": 1.0}
         decay(x, group)
         x.sub_(orthogonalize(ahead, group["rounds"]), alpha=group["lr"] * scale[group["scale"]])
 
 
-def gram(g: Tensor) -> tuple[Tensor, Tensor]:
-    """G G^T and G^T G."""
-    return g @ g.mT, g.mT @ g
+def gram(g: Tensor, side: str) -> Tensor:
+    """G G^T, or G^T G for side "R"."""
+    rows = g if side == "L" else g.mT
+    return symmetric(rows.flatten(0, -3)).view(*g.shape[:-2], rows.shape[-2], rows.shape[-2])
 
 
 def eigenbasis(a: Tensor) -> Tensor:
@@ -135,38 +140,36 @@ class SOAP(Rule):
         return state
 
     def update(self, x: Tensor, g: Tensor, t: int, state: State, group: dict[str, Any]) -> None:
-        (b1, b2), m, v = group["betas"], state["m"], state["v"]
+        b1, b2 = group["betas"]
         if t == 1:
             self._gather(g, state, group)
             state |= {f"Q{side}": eigenbasis(state[side]) for side in "LR" if side in state}
             return
-        turned = _rotate(g, state)
-        m.lerp_(turned, 1 - b1)
-        v.lerp_(turned * turned, 1 - b2)
+        adam = direction(_rotate(g, state), state, group)
         rate = group["lr"] * (1 - b2 ** (t - 1)) ** 0.5 / (1 - b1 ** (t - 1))
-        x.sub_(_rotate_back(m / (v.sqrt() + group["eps"]), state), alpha=rate)
+        x.sub_(_rotate_back(adam, state), alpha=rate)
         decay(x, group)
         self._gather(g, state, group)
         if (t - 1) % group["frequency"] == 0:
-            still = _rotate_back(m, state)
+            still = _rotate_back(state["m"], state)
             self._refresh(state)
             state["m"] = _rotate(still, state)
 
     def _gather(self, g: Tensor, state: State, group: dict[str, Any]) -> None:
         beta = group["betas"][1] if group["preconditioner"] is None else group["preconditioner"]
-        for side, product in zip("LR", gram(g), strict=True):
+        for side in "LR":
             if side in state:
-                state[side].lerp_(product, 1 - beta)
+                state[side].lerp_(gram(g, side), 1 - beta)
 
     def _refresh(self, state: State) -> None:
         """One step of the power iteration; the eigenvalues' order decides that of columns, and v goes with them."""
         for side, axis in (("L", -2), ("R", -1)):
             if side in state:
                 a, q = state[side], state[f"Q{side}"]
-                order = (q * (a @ q)).sum(-2).argsort(dim=-1, descending=True, stable=True)
-                q = q.take_along_dim(order[..., None, :], -1)
+                a = a @ q
+                order = (q * a).sum(-2).argsort(dim=-1, descending=True, stable=True)
                 state["v"] = state["v"].take_along_dim(order[..., None] if axis == -2 else order[..., None, :], axis)
-                state[f"Q{side}"] = torch.linalg.qr(a @ q).Q
+                state[f"Q{side}"] = torch.linalg.qr(a.take_along_dim(order[..., None, :], -1)).Q
 
 
 def _rotate(g: Tensor, state: State) -> Tensor:
@@ -216,8 +219,8 @@ class Shampoo(Rule):
         (b1, b2), m, v, eps = group["betas"], state["m"], state["v"], group["eps"]
         m.lerp_(g, 1 - b1)
         v.lerp_(g * g, 1 - b2)
-        for side, product in zip("LR", gram(g), strict=True):
-            state[side].lerp_(product, 1 - b2)
+        for side in "LR":
+            state[side].lerp_(gram(g, side), 1 - b2)
             if t % group["frequency"] == 1 % group["frequency"]:
                 state[f"root{side}"] = fourth_root(state[side] / (1 - b2**t), eps)
         mean = m / (1 - b1**t)

@@ -302,9 +302,18 @@ def total_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(each), order) if each else torch.zeros(())
 
 
+def direction(g: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+    """Adam's m / (sqrt(v) + eps) of a stack, with moments that see ``g``; the correction of their bias is left out."""
+    (b1, b2), m, v = group["betas"], state["m"], state["v"]
+    m.lerp_(g, 1 - b1)
+    root = v.mul_(b2).addcmul_(g, g, value=1 - b2).sqrt().add_(group["eps"])
+    return torch.div(m, root, out=root)
+
+
 def decay(x: Tensor, group: dict[str, Any]) -> None:
     """Decoupled weight decay: x <- (1 - rate * decay) x."""
-    x.mul_(1 - group["lr"] * group["weight_decay"])
+    if group["weight_decay"]:
+        x.mul_(1 - group["lr"] * group["weight_decay"])
 
 
 def over(numbers: Tensor, x: Tensor) -> Tensor:
