@@ -69,13 +69,14 @@ def load(sources: Path, library: str, flags: tuple[str, ...]) -> Any:
     raise BuildError(reason)
 
 
-def instructions() -> list[str]:
+@functools.cache
+def instructions() -> frozenset[str]:
     """What the processor can do, in Linux's words; empty where that is not known."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return []
-    return next((sorted(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), [])
+        return frozenset()
+    return next((frozenset(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), frozenset())
 
 
 def _compilers() -> Iterator[list[str]]:
@@ -94,7 +95,7 @@ def _built(sources: Path, library: str, compiler: list[str], flags: tuple[str, .
     options = [*_COMPILE, *_EXACT, *flags, f"-DTRUETUNE_LIBRARY={library}"]
     options.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     texts = [file.read_text(encoding="utf-8") for file in sorted(sources.iterdir()) if file.suffix in (".cpp", ".h")]
-    parts = [*texts, *compiler, *options, *_LINK, torch.__version__, platform.machine(), *instructions()]
+    parts = [*texts, *compiler, *options, *_LINK, torch.__version__, platform.machine(), *sorted(instructions())]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = _private(cache_folder() / "native")
     target = folder / f"kernels-{key}.so"
