@@ -20,6 +20,7 @@ import truetune
 from truetune import versions
 from truetune.assembly import Job, recomputation
 from truetune.errors import UserError
+from truetune.kernels import product
 from truetune.kernels.native.build import kernels
 from truetune.kernels.op import FAST_PATHS, is_on
 from truetune.kernels.triton.choices import chosen_for
@@ -121,8 +122,8 @@ def environment(job: Job) -> dict[str, Any]:
 
 def compiled() -> str:
     """The kernels that were compiled for this processor and are used."""
-    native = [name for name in FAST_PATHS if name.startswith("native_")]
-    return ", ".join(name for name in native if is_on(name) and kernels()) or "torch"
+    native = [name for name in FAST_PATHS if name.startswith("native_") and is_on(name) and kernels()]
+    return ", ".join(name for name in native if name != "native_products" or product.available()) or "torch"
 
 
 def cpu_name() -> str:

@@ -36,6 +36,7 @@ def test_raw_samples_machine_and_command_are_kept(tmp_path: Path) -> None:
         "gated",
         "rope",
         "lora_linear",
+        "linears",
         "linear_cross_entropy",
         "newton_schulz",
         "adamw",

@@ -34,6 +34,7 @@ from truetune.kernels.adamw import adamw
 from truetune.kernels.adamw_8bit import adamw_8bit, pack
 from truetune.kernels.attention import by_document
 from truetune.kernels.gated import gated
+from truetune.kernels.linear import linears
 from truetune.kernels.native.memory import keep_memory
 from truetune.kernels.newton_schulz import newton_schulz
 from truetune.kernels.op import FAST_PATHS, Op, is_on
@@ -99,6 +100,7 @@ def cases() -> Iterator[Case]:
             PLAIN: lambda x, a, b: lora_linear.reference(x, weight.to(x.dtype), None, a, b, 2.0),
         },
     )
+    yield _trained()
     yield from map(_loss, ENTRIES)
     yield Case(
         "newton_schulz",
@@ -144,6 +146,22 @@ def _packed(moment: list[Tensor]) -> list[list[Tensor]]:
     """Codes and scales."""
     signed = any((x < 0).any() for x in moment)
     return [[x[0] for x in part] for part in zip(*(pack(x[None], signed, 256) for x in moment), strict=True)]
+
+
+def _trained() -> Case:
+    def by(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+        def layer(x: Tensor, weight: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype != torch.float64):
+                return op(x, [weight], [None])[0]
+
+        return layer
+
+    return Case(
+        "linears",
+        f"{TOKENS} x {HIDDEN} to {INNER}, trained in fp32, products in bf16",
+        [_random(TOKENS, HIDDEN), _random(INNER, HIDDEN, dtype=torch.float32)],
+        {OURS: by(linears), PLAIN: by(linears.reference)},
+    )
 
 
 def _attention() -> Iterator[Case]:

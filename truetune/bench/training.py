@@ -30,6 +30,7 @@ from truetune.bench.kernels import machine, require_place
 from truetune.bench.table import FORMAT, OURS, noisy, table
 from truetune.bench.workloads import RANK, Workload, prepare
 from truetune.errors import UserError
+from truetune.kernels.product import products
 from truetune.models.load import skeleton
 from truetune.training.patience import write_text
 
@@ -245,11 +246,11 @@ def _say_round(number: int, result: dict[str, Any]) -> None:
 
 
 def gemm(dtype: torch.dtype) -> float:
-    """FLOP/s of the machine's matrix product of squares, the best of ``GEMM_TIMES``."""
+    """FLOP/s of the machine's matrix product of squares, torch's or ours, the best of ``GEMM_TIMES`` each."""
     a, b = (torch.randn(GEMM, GEMM).to(dtype) for _ in range(2))
     best = 0.0
-    for _ in range(GEMM_TIMES):
+    for multiply in [lambda: a @ b, lambda: products([a], [b.T])] * GEMM_TIMES:
         start = time.perf_counter()
-        a @ b
+        multiply()
         best = max(best, 2 * GEMM**3 / (time.perf_counter() - start))
     return best
