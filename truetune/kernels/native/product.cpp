@@ -2,11 +2,11 @@
 //
 //   y_tn = sum over s, k of x_s[t, k] w_s[n, k] + b_n
 //
-// Several pairs (x_s, w_s) are one contraction: a frozen weight and its adapter, or the gradients of layers that read one
-// input. Outputs stand in panels, whose weights are laid out once for all rows; sums of a tile of rows and a panel stay
-// in registers from the first word to the last. The order of a sum depends neither on threads nor on other rows.
-// After Goto & van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication. Left out: fp32 and int8 operands
-// of x, and batches.
+// Several pairs (x_s, w_s) are one contraction: a frozen weight and its adapter, or the gradients of layers that read
+// one input. Outputs stand in panels, whose weights are laid out once and stay in the second cache while all rows pass;
+// sums of a tile of rows and a panel stay in registers over a slice of words. The order of a sum depends neither on
+// threads nor on other rows. After Goto & van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication.
+// Left out: sums of products of fp32, and batches.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -23,7 +23,7 @@ using at::Tensor;
 
 constexpr int VECTORS = 4;                // of outputs in one panel
 constexpr Index PANEL = VECTORS * LANES;
-constexpr Index SLICE = 1024;             // words of a panel that stay in the second cache while rows pass
+constexpr Index SLICE = 1024;             // words of a piece; a slice, up to two, stays in the second cache
 constexpr Index HEIGHT = 48;              // rows that are shared out to threads together: whole tiles of any height
 
 template <int N>
@@ -268,11 +268,11 @@ struct Plan {
 // One thread's share: tiles of rows from `begin` to `end`, panel after panel.
 class Share {
  public:
-  Share(const Plan& plan, const Word* rows, const Target& target, Index height, Index count)
-      : plan_(plan), rows_(rows), target_(target), count_(count), whole_(plan.slices.size() > 2),
-        arena_(4 * PANEL * (plan.largest + (whole_ ? up(count, height) : height)) + 128) {
+  Share(const Plan& plan, const Word* rows, const Target& target, Index count)
+      : plan_(plan), rows_(rows), target_(target), whole_(plan.slices.size() > 2),
+        arena_(4 * PANEL * (plan.largest + (whole_ ? count : HEIGHT)) + 128) {
     panel_ = arena_.take<Word>(plan.largest * PANEL);
-    sums_ = arena_.take<float>((whole_ ? up(count, height) : height) * PANEL);
+    sums_ = arena_.take<float>((whole_ ? count : HEIGHT) * PANEL);
   }
 
   // Rows from `first` to `last` and the panel of outputs from n on.
@@ -304,7 +304,6 @@ class Share {
   const Plan& plan_;
   const Word* rows_;
   const Target& target_;
-  Index count_;
   bool whole_;  // whether sums of all rows are kept from slice to slice
   Arena arena_;
   Word* panel_;
@@ -345,7 +344,7 @@ void products(at::TensorList x, at::TensorList w, const std::optional<Tensor>& b
   const Tensor words = laid_out(plan, out, rows);
   const Index panels = (outputs + PANEL - 1) / PANEL, blocks = (rows + HEIGHT - 1) / HEIGHT;
   at::parallel_for(0, panels * blocks, 1, [&](Index begin, Index end) {
-    Share share(plan, reinterpret_cast<const Word*>(words.data_ptr<int>()), target, HEIGHT, rows);
+    Share share(plan, reinterpret_cast<const Word*>(words.data_ptr<int>()), target, rows);
     while (begin < end) {
       const Index panel = begin / blocks, stop = std::min(end, (panel + 1) * blocks), n = panel * PANEL;
       const Index first = begin % blocks * HEIGHT, last = std::min(rows, (stop - panel * blocks) * HEIGHT);
