@@ -172,7 +172,9 @@ class Optimizer(Named):
     takes: Annotated[tuple[Kind, ...], Strict(False), Field(min_length=1)] | None = Field(
         None, description="kinds of parameters that the rule updates, AdamW the rest; default: as the rule is meant"
     )
-    rest_rate: float | None = Field(None, gt=0, description="peak rate of AdamW for the rest; default: the rate")
+    rest_rate: float | None = Field(
+        None, gt=0, description="peak rate of AdamW for the rest, or of all but matrices under a rule that takes all"
+    )
     mechanic: bool = Field(False, description="find the rate while it runs; set rate to 1")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, which is evaluated and kept in their place"

@@ -32,17 +32,25 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
         raise UserError(f'optimizer.takes has vectors, but optimizer "{chosen.name}" is for matrices; take it out')
     kinds = kinds_of(model.model, model.head.weight)
     rest = {name for name in model.trainable() if kinds[name] not in (chosen.takes or takes or KINDS)}
+    others = {name for name in model.trainable() if kinds[name] != "matrices"}
     if chosen.rest_rate is not None and not rest:
-        raise UserError(
-            f'optimizer.rest_rate means nothing where optimizer "{chosen.name}" takes all that is trained; remove it'
-        )
+        _require_two_rates(chosen.name, rule, others)
     ratio = recipe.adapter.lora_plus_ratio if isinstance(model.model, PeftModel) else 1.0
     wide = {name for name in model.trainable() if kinds[name] in ("matrices", "head")}
+    apart = rest or (others if chosen.rest_rate is not None else ())
     groups = parameter_groups(
-        model.trainable().items(), chosen.rate, ratio, rest, chosen.rest_rate, *_width(recipe, model, wide)
+        model.trainable().items(), chosen.rate, ratio, apart, chosen.rest_rate, *_width(recipe, model, wide), bool(rest)
     )
     hidden = [p for name, p in model.trainable().items() if kinds[name] == "matrices"]
     return _around(_built(optimizer, groups, recipe), recipe, hidden)
+
+
+def _require_two_rates(name: str, rule: object, others: set[str]) -> None:
+    """Raise UserError where a second rate means nothing to a rule that takes all; others: what is no matrix."""
+    finds = getattr(rule, "finds_rate", False)
+    if finds or not others:
+        why = f'with optimizer "{name}", which finds one rate for all' if finds else "where only matrices are trained"
+        raise UserError(f"optimizer.rest_rate means nothing {why}; remove it")
 
 
 def _width(recipe: Recipe, model: CausalLM, wide: set[str]) -> tuple[set[str], float]:

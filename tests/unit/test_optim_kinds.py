@@ -102,14 +102,34 @@ def test_a_recipe_says_which_kinds_the_rule_takes(
     assert peaks == ({1e-3} if len(more) > 1 else {1e-2})
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_a_rule_that_takes_all_has_the_second_rate_for_all_but_matrices(
+    my_model: Path, my_data: Path, tmp_path: Path, name: str
+) -> None:
+    asked = keys(my_model, my_data, tmp_path / "run", "adapter.method=full", f"optimizer.name={name}")
+    trainer = assemble(read(None, (*asked, "optimizer.rest_rate=8e-2"))).trainer
+    kinds = kinds_of(trainer.model.model, trainer.model.head.weight)
+    named, before = trainer.model.trainable(), {n: p.clone() for n, p in trainer.model.trainable().items()}
+    for p in named.values():
+        p.grad = torch.ones_like(p)
+    trainer.optimizer.step()
+    for n, p in named.items():  # the first step of both is of the rate's size, by the rule itself
+        torch.testing.assert_close(before[n] - p, torch.full_like(p, 1e-2 if kinds[n] == "matrices" else 8e-2))
+    assert not any(group.get("rest") for group in trainer.optimizer.param_groups)
+
+
 @pytest.mark.usefixtures("listed")
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
         (("optimizer.takes=[matrices]",), 'takes means nothing with optimizer "adamw"'),
         (
-            ("optimizer.name=lion", "optimizer.rest_rate=1e-3"),
-            'rest_rate means nothing where optimizer "lion" takes all',
+            ("optimizer.name=lion", "optimizer.rest_rate=1e-3", "adapter.method=lora"),
+            "rest_rate means nothing where only matrices are trained",
+        ),
+        (
+            ("optimizer.name=prodigy", "optimizer.rate=1", "optimizer.rest_rate=1"),
+            'rest_rate means nothing with optimizer "prodigy", which finds one rate for all',
         ),
         (("optimizer.name=matrices", "optimizer.takes=[matrices,vectors]"), '"matrices" is for matrices; take it out'),
         (("optimizer.takes=[matrix]",), "optimizer.takes"),

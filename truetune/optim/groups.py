@@ -63,11 +63,12 @@ def parameter_groups(
     rest_rate: float | None = None,
     wide: Collection[str] = (),
     times: float = 1.0,
+    leaves: bool = True,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, of the parameters that require a gradient.
 
-    rest: names of those that the optimizer leaves to AdamW; their groups have ``rest`` True and the peak
-    ``rest_rate``, which is ``rate`` where it is None.
+    rest: names of those with the peak ``rest_rate``, which is ``rate`` where it is None; their groups' names end in
+    "_rest". leaves: whether the optimizer leaves them to AdamW, by ``rest`` True in these groups.
     wide, times: names of those whose peak is divided by ``times``, for muP; their groups' names end in "_wide".
 
     Each has ``params`` (sorted by name), ``name``, ``lr`` and ``peak`` (both the group's peak rate). Those
@@ -100,7 +101,7 @@ def parameter_groups(
         if free:
             group |= {"name": f"{group['name']}_no_decay", "weight_decay": 0.0}
         if left:
-            group |= {"name": f"{group['name']}_rest", "rest": True}
+            group |= {"name": f"{group['name']}_rest"} | ({"rest": True} if leaves else {})
         if slow:
             group["name"] += "_wide"
         groups.append(group)

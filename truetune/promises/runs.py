@@ -100,7 +100,7 @@ def _wrong_rates(ground: Ground) -> list[str]:
     if sorted(peaks) != sorted(map(id, trained.values())) or sum(len(g["params"]) for g in groups) != len(trained):
         return ["the optimizer does not hold each trained tensor once"]
     times = {"lora_A": 1.0, "lora_B": adapter.lora_plus_ratio, "modules_to_save": 1.0}
-    left = {id(p) for g in groups if g.get("rest") for p in g["params"]}
+    left = {id(p) for g in groups if "_rest" in g["name"] for p in g["params"]}
     own = {n: (ground.recipe.optimizer.rest_rate or rate) if id(p) in left else rate for n, p in trained.items()}
     wrong = [n for n, p in trained.items() for part, w in times.items() if part in n and peaks[id(p)] != own[n] * w]
     wrong = wrong if lora else []

@@ -84,7 +84,8 @@ def test_every_point_of_a_grid_is_a_recipe_of_its_method(name: str, full: bool) 
     chosen = options(name, start(name, full), 8)
     assert chosen["rate"] == METHODS[name].rate and chosen["weight_decay"] == METHODS[name].decay
     assert chosen.get("betas", [chosen.get("momentum")]) == list(METHODS[name].betas)
-    assert ("rest_rate" in chosen) == (full and name in ("muon", "soap", "fira", "galore"))
-    if "rest_rate" in chosen:
+    assert ("rest_rate" in chosen) == (full and name in ("muon", "soap", "fira", "galore"))  # else by default
+    assert ("ratio" in start(name, full)) == (full and name != "prodigy")
+    if "ratio" in start(name, full):
         assert options(name, start(name, full) | {"ratio": 4.0}, 8)["rest_rate"] == pytest.approx(4 * chosen["rate"])
     assert ("rank" in chosen) == (name in ("fira", "galore"))

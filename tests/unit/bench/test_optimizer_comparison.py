@@ -228,5 +228,5 @@ def test_wrong_use_is_one_sentence(
 def test_the_least_cost_is_that_of_searches_that_do_not_move() -> None:
     looked = sum(1 + 2 * len(axes(name, True)) for name in ("muon", "soap"))
     assert least(SETTING, ["muon", "soap"]) == 3 + looked + 6
-    assert least(SETTING, ["adamw"]) == 3 + 1 + 2 * 4 + 3 + 6 * 6.5
+    assert least(SETTING, ["adamw"]) == 3 + 1 + 2 * 5 + 3 + 6 * 6.5
     assert comparison.BUDGETS == (0.5, 1.0, 2.0, 4.0)

@@ -2,9 +2,10 @@
 
 A start is what the authors (or the AlgoPerf baseline) give, to the nearest value of the grid; since all are tuned until
 no change helps, it decides how long the search is, hardly where it ends. Tuned are the rate, the decay, the betas (or
-the momentum) and, where AdamW takes what a method does not, AdamW's rate over the method's: one for both would tie
-embeddings to a rate that was made for matrices. AdamW's own betas there stay at their defaults, and so does whatever
-else a method has: frequencies, epsilons, scales.
+the momentum) and the rate of embeddings and vectors over that of matrices, for all but a method that finds its rate:
+one for both ties embeddings to a rate that was made for matrices, and with the ratio as an axis of some methods alone
+the ratio is what is compared. The betas of AdamW, where it takes what a method does not, stay at their defaults, and
+so does whatever else a method has: frequencies, epsilons, scales.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ DECAYS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 FIRST_BETAS = (0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98)
 SECOND_BETAS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995)
 RATIOS = tuple(2.0**i for i in range(-6, 7))
-"""Of AdamW's rate for what a method does not take over the method's own."""
+"""Of the rate for embeddings, head and vectors, AdamW's where a method does not take them, over that for matrices."""
 GAP = 50
 """Steps between two projections of the low-rank methods, which have 200 by default: here runs are that short."""
 
@@ -56,7 +57,7 @@ def axes(name: str, rest: bool) -> list[Axis]:
     method = METHODS[name]
     rates = tuple(float(f"{method.rate * 2 ** (i / 2):.3g}") for i in range(-HALF_STEPS, HALF_STEPS + 1))
     found = [Axis("rate", rates, HALF_STEPS, coarse=2), Axis("decay", DECAYS, DECAYS.index(method.decay))]
-    if rest and "embeddings" not in getattr(OPTIMIZERS[name], "takes", KINDS):
+    if rest and not getattr(OPTIMIZERS[name], "finds_rate", False):
         found.append(Axis("ratio", RATIOS, RATIOS.index(1.0)))
     found.append(Axis("first", FIRST_BETAS, FIRST_BETAS.index(method.betas[0])))
     if len(method.betas) > 1:
@@ -76,6 +77,11 @@ def options(name: str, values: dict[str, float], rank: int) -> dict[str, Any]:
         found["betas"] = [values["first"], values["second"]]
     else:
         found["momentum"] = values["first"]
-    if "ratio" in values:
+    if "ratio" in values and (values["ratio"] != 1 or _leaves(name)):
         found["rest_rate"] = float(f"{values['rate'] * values['ratio']:.3g}")
     return found | ({"rank": rank, "gap": GAP} if METHODS[name].low_rank else {})
+
+
+def _leaves(name: str) -> bool:
+    """Whether AdamW takes embeddings and vectors in the method's place."""
+    return "embeddings" not in getattr(OPTIMIZERS[name], "takes", KINDS)
