@@ -20,7 +20,6 @@ from truetune.bench.optimizers.methods import METHODS, axes
 from truetune.bench.optimizers.table import notes, table
 from truetune.bench.optimizers.trial import Left, Outcome, Setting, Trial, Trials
 from truetune.bench.optimizers.workload import Workload
-from truetune.errors import UserError
 
 SETTING = Setting("text", "0123", 1000, full=True, rank=8)
 BETTER = {"adamw": 1.0, "muon": 1.5, "soap": 0.8, "galore": 0.1, "nadamw": 9.0}
@@ -61,7 +60,6 @@ def test_methods_are_ranked_where_each_is_at_its_best() -> None:
     fake = Fake()
     found = compare(SETTING, list(METHODS), fake)
     assert [s.method for s in found.standings][:2] == ["nadamw", "muon"] and found.standings[-1].method == "galore"
-    assert found.tolerance == pytest.approx(0.001)  # of losses that are 0.001 apart
     assert all(s.left is None and s.values["decay"] == 0.1 for s in found.standings)
     assert all(s.values["rate"] == pytest.approx(2 * METHODS[s.method].rate, rel=0.01) for s in found.standings)
     told = {s.method: [str(one) for one in found.speedups(s)] for s in found.standings}
@@ -75,6 +73,7 @@ def test_methods_are_ranked_where_each_is_at_its_best() -> None:
 def test_no_search_sees_a_seed_that_ranks_and_all_are_compared_alike() -> None:
     fake = Fake()
     compare(SETTING, list(METHODS), fake)
+    assert not any(trial.seed in SEEDS for trial in fake.trials[: 2 * len(axes("adamw", True))])
     final = {name: [t for t in fake.trials if t.method == name and t.seed in SEEDS] for name in METHODS}
     assert all(Counter(t.seed for t in final[name]) == dict.fromkeys(SEEDS, 1) for name in METHODS if name != "adamw")
     assert {t.seed for t in fake.trials} == {0, *SEEDS} and SEEDS == (1, 2, 3)
@@ -102,8 +101,6 @@ def test_a_failed_run_is_worse_than_all_others_and_the_others_go_on() -> None:
 
     found = compare(SETTING, ["adamw", "muon"], ask)
     assert all(s.values["rate"] == METHODS[s.method].rate for s in found.standings)
-    with pytest.raises(UserError, match="AdamW fails at its start"):
-        compare(SETTING, ["muon"], lambda trial: outcome(trial, math.inf))
 
 
 def test_losses_that_do_not_fall_make_no_curve_but_a_ranking() -> None:
@@ -113,10 +110,10 @@ def test_losses_that_do_not_fall_make_no_curve_but_a_ranking() -> None:
     assert not found.speedups(found.standings[0])
 
 
-@pytest.mark.parametrize(("after", "left"), [(0, "not begun"), (2, "not begun"), (9, "not tuned to its end")])
-def test_what_is_left_is_said(after: int, left: str) -> None:
+@pytest.mark.parametrize("after", [0, 9])
+def test_what_is_left_is_said(after: int) -> None:
     found = compare(SETTING, ["adamw", "muon"], Fake(after))
-    assert {s.left for s in found.standings} == {left} and found.curve is None
+    assert {s.left for s in found.standings} == {"not tuned to its end"} and found.curve is None
     assert table(found, Trials()).endswith("1,000 tokens a run: nothing is ranked yet")
 
 
@@ -227,6 +224,6 @@ def test_wrong_use_is_one_sentence(
 
 def test_the_least_cost_is_that_of_searches_that_do_not_move() -> None:
     looked = sum(1 + 2 * len(axes(name, True)) for name in ("muon", "soap"))
-    assert least(SETTING, ["muon", "soap"]) == 3 + looked + 6
-    assert least(SETTING, ["adamw"]) == 3 + 1 + 2 * 5 + 3 + 6 * 6.5
+    assert least(SETTING, ["muon", "soap"]) == looked + 6
+    assert least(SETTING, ["adamw"]) == 1 + 2 * 5 + 3 + 6 * 6.5
     assert comparison.BUDGETS == (0.5, 1.0, 2.0, 4.0)

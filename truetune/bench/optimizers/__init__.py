@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from truetune.bench.optimizers.comparison import Comparison, compare, least, noise
-from truetune.bench.optimizers.methods import BASELINE, METHODS
+from truetune.bench.optimizers.comparison import TUNING, Comparison, compare, least, runs
+from truetune.bench.optimizers.methods import BASELINE, METHODS, start
 from truetune.bench.optimizers.table import group, notes, table
 from truetune.bench.optimizers.trial import Left, Outcome, Setting, Trial, Trials, run
 from truetune.bench.optimizers.workload import prepare
@@ -73,14 +73,14 @@ def _known(methods: Sequence[str]) -> list[str]:
 
 
 def _say_plan(setting: Setting, methods: Sequence[str], trials: Trials) -> None:
-    """What is to come, before most of it: its cost is known from the first trials, which measure the noise."""
+    """What is to come, before most of it: its cost is known from the first trial."""
     count = least(setting, methods)
     print(
         f"plan: {len(methods)} methods on {setting.workload}, {setting.tokens:,} tokens a run: at least {count:,.0f} "
         "runs, twice as many where searches move"
     )
     try:
-        noise(setting, trials)
+        runs(setting, BASELINE, trials)(start(BASELINE, setting.full), TUNING)
     except Left:
         return
     known = trials.of(setting, BASELINE)

@@ -1,13 +1,13 @@
-"""The order of a fair comparison: noise, the search of each method, its ranking on fresh seeds, and AdamW's curve.
+"""The order of a fair comparison: the search of each method, its ranking on fresh seeds, and AdamW's curve.
 
 The protocol is that of Wen et al. 2025 (arXiv 2509.02046), phase 1, at one size of model: every hyper-parameter of
 every method is tuned, methods meet only at the end of training, and a loss is told in tokens that tuned AdamW would
 need for it. ``ask`` gives the outcome of a trial, or raises Left: the same pass runs a comparison, goes on with one
 that was cut off, and reads one for its table.
 
-Noise is the standard deviation of AdamW's held-out loss at its start over the seeds of the ranking; no change of a
-hyper-parameter that helps by less counts. A search sees one seed only, so its runs differ in nothing but the change,
-and the ranking has none of the seeds that it saw.
+A search sees one seed only, so its runs differ in nothing but the change, and far smaller changes show than seeds make:
+a bound of the size of the seeds' differences ends searches at their start, each step of which may help by less. The
+ranking has none of the seeds that a search saw.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean, stdev
+from statistics import fmean
 
 from truetune.bench.optimizers.curve import Curve, Speedup, fit
 from truetune.bench.optimizers.descent import Axis, descend
-from truetune.bench.optimizers.methods import BASELINE, METHODS, axes, options, start
+from truetune.bench.optimizers.methods import BASELINE, METHODS, axes, options
 from truetune.bench.optimizers.trial import Left, Outcome, Setting, Trial
 from truetune.errors import UserError
 
 TUNING, SEEDS = 0, (1, 2, 3)
 """The seed of the searches, and those of the ranking."""
+TOLERANCE = 0.02
+"""In nats: a change of a hyper-parameter counts if it lowers the held-out loss by more."""
 BUDGETS = (0.5, 1.0, 2.0, 4.0)
 """Lengths of the runs that AdamW's curve is through; at each its rate is tuned anew."""
 
@@ -51,12 +53,10 @@ class Standing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """standings: from the least loss on, those that have none last. tolerance, curve: None before their trials were
-    run."""
+    """standings: from the least loss on, those that have none last. curve: None before its trials were run."""
 
     setting: Setting
     standings: tuple[Standing, ...]
-    tolerance: float | None = None
     curve: Curve | None = None
 
     def speedups(self, standing: Standing) -> list[Speedup]:
@@ -68,24 +68,20 @@ class Comparison:
 
 
 def compare(setting: Setting, methods: Sequence[str], ask: Ask) -> Comparison:
-    """What ``ask`` gives of it. Raises UserError where AdamW's start is no measure of noise."""
+    """What ``ask`` gives of it."""
     names = sorted(methods, key=lambda name: name != BASELINE)  # whose curve the others are measured by
-    try:
-        tolerance = noise(setting, ask)
-    except Left:
-        return Comparison(setting, tuple(Standing(name, "not begun") for name in names))
     standings, curve = [], None
     for name in names:
-        standing = _standing(name, runs(setting, name, ask), axes(name, setting.full), tolerance)
+        standing = _standing(name, runs(setting, name, ask), axes(name, setting.full))
         if name == BASELINE and standing.finals:
             try:
-                curve = _curve(setting, standing, runs(setting, name, ask), tolerance)
+                curve = _curve(setting, standing, runs(setting, name, ask))
             except Left:
                 standing = replace(standing, left="ranked, but its curve lacks runs")
             except UserError as error:
                 standing = replace(standing, left=str(error))
         standings.append(standing)
-    return Comparison(setting, tuple(sorted(standings, key=lambda s: (not s.finals, s.loss))), tolerance, curve)
+    return Comparison(setting, tuple(sorted(standings, key=lambda s: (not s.finals, s.loss))), curve)
 
 
 def runs(setting: Setting, name: str, ask: Ask) -> Runs:
@@ -97,25 +93,16 @@ def runs(setting: Setting, name: str, ask: Ask) -> Runs:
     return run
 
 
-def noise(setting: Setting, ask: Ask) -> float:
-    """Standard deviation, over ``SEEDS``, of AdamW's loss at its start. Raises UserError if it fails there."""
-    run = runs(setting, BASELINE, ask)
-    found = [run(start(BASELINE, setting.full), seed) for seed in SEEDS]
-    if failed := next((outcome for outcome in found if not math.isfinite(outcome.loss)), None):
-        raise UserError(f"AdamW fails at its start ({failed.failed}), so noise can't be had; choose another workload")
-    return stdev(outcome.loss for outcome in found)
-
-
 def least(setting: Setting, methods: Sequence[str]) -> float:
     """Cost, in runs of budget 1, if every start proves to be the end of its search; one that moves takes more."""
     searches = sum(1 + 2 * len(axes(name, setting.full)) + len(SEEDS) for name in methods)
     curve = sum(budget * (3 + len(SEEDS)) for budget in BUDGETS if budget != 1)
-    return len(SEEDS) + searches + curve * (BASELINE in methods)
+    return searches + curve * (BASELINE in methods)
 
 
-def _standing(name: str, run: Runs, along: Sequence[Axis], tolerance: float) -> Standing:
+def _standing(name: str, run: Runs, along: Sequence[Axis]) -> Standing:
     try:
-        found = descend(along, lambda values: run(values, TUNING).loss, tolerance)
+        found = descend(along, lambda values: run(values, TUNING).loss, TOLERANCE)
     except Left:
         return Standing(name, "not tuned to its end")
     try:
@@ -125,7 +112,7 @@ def _standing(name: str, run: Runs, along: Sequence[Axis], tolerance: float) -> 
     return Standing(name, None, found.values, found.edges, finals)
 
 
-def _curve(setting: Setting, standing: Standing, run: Runs, tolerance: float) -> Curve:
+def _curve(setting: Setting, standing: Standing, run: Runs) -> Curve:
     """Through the tuned method's runs of all lengths. Raises Left, and UserError where no curve fits."""
     rate = next(axis for axis in axes(standing.method, setting.full) if axis.name == "rate")
     rate = rate._replace(start=rate.values.index(standing.values["rate"]), coarse=1)
@@ -135,6 +122,6 @@ def _curve(setting: Setting, standing: Standing, run: Runs, tolerance: float) ->
         def loss(values: dict[str, float], budget: float = budget) -> float:
             return run(standing.values | values, TUNING, budget).loss
 
-        values = standing.values | descend([rate], loss, tolerance).values
+        values = standing.values | descend([rate], loss, TOLERANCE).values
         points += [(budget, run(values, seed, budget).loss) for seed in SEEDS]
     return fit([budget * setting.tokens for budget, _ in points], [found for _, found in points])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from truetune.bench.optimizers.comparison import BUDGETS, SEEDS, Comparison, Standing
+from truetune.bench.optimizers.comparison import BUDGETS, SEEDS, TOLERANCE, Comparison, Standing
 from truetune.bench.optimizers.methods import BASELINE, options
 from truetune.bench.optimizers.trial import Trials
 from truetune.bench.picture import Bar, Group
@@ -47,8 +47,7 @@ def table(comparison: Comparison, trials: Trials) -> str:
 def notes(comparison: Comparison, trials: Trials) -> Iterator[str]:
     """A sentence for whatever a figure rests on, for what is left, and for what keeps a figure from being trusted."""
     setting, curve = comparison.setting, comparison.curve
-    if comparison.tolerance is not None:
-        yield f"a change counted where it lowered the loss by more than {comparison.tolerance:.4f}, the noise of seeds"
+    yield f"a change counted where it lowered the loss by more than {TOLERANCE:g}"
     if curve:
         yield (
             f"AdamW's loss at T times {curve.shortest:,.0f} tokens is {curve.floor:.4f} + {curve.scale:.4f} / "
