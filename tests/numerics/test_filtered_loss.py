@@ -192,9 +192,10 @@ def test_what_is_no_number_is_never_left_out() -> None:
     tensors = peaked()
     with torch.no_grad():
         tensors["hidden_ND"][11, 3] = torch.nan
-    found = results(tensors, filtered=True)[1]
-    assert found["hidden_ND"].isnan().all(1).tolist() == [i == 11 for i in range(ROWS)]
-    assert found["weight_VD"].isnan().any()
+    exact, found = (results(tensors, filtered=f)[1] for f in (False, True))
+    assert found["hidden_ND"][11].isnan().all() and not found["hidden_ND"][:10].isnan().any()
+    for name in exact:  # some processors' products spread it to the row before
+        assert torch.equal(found[name].isnan(), exact[name].isnan())
 
 
 def test_without_gradients_nothing_is_noted(kept: list[Tensor | None]) -> None:

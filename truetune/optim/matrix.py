@@ -235,7 +235,8 @@ def fourth_root(a: Tensor, eps: float) -> Tensor:
     values, q = torch.linalg.eigh(a)
     values = values.clamp(min=0) + eps * values[..., -1:]
     values = torch.where(values > 0, values, 1.0)
-    return (q * values[..., None, :] ** -0.25) @ q.mT
+    # Roots are rounded correctly wherever an element lies; powers, on some processors, otherwise at the end of a tensor.
+    return (q / values.sqrt().sqrt()[..., None, :]) @ q.mT
 
 
 def _length(a: Tensor) -> Tensor:
