@@ -235,7 +235,7 @@ def fourth_root(a: Tensor, eps: float) -> Tensor:
     values, q = torch.linalg.eigh(a)
     values = values.clamp(min=0) + eps * values[..., -1:]
     values = torch.where(values > 0, values, 1.0)
-    # Roots are rounded correctly wherever an element lies; powers, on some processors, otherwise at the end of a tensor.
+    # Roots are rounded the same wherever an element lies; powers, on some processors, not.
     return (q / values.sqrt().sqrt()[..., None, :]) @ q.mT
 
 
