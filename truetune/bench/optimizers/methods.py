@@ -19,7 +19,7 @@ HALF_STEPS = 12
 """Factors of sqrt(2), the finer step of a rate, on both sides of where it begins; the first steps are of 2."""
 DECAYS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 FIRST_BETAS = (0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98)
-SECOND_BETAS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995)
+SECOND_BETAS = (0.65, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995)
 RATIOS = tuple(2.0**i for i in range(-6, 10))
 """Of the rate for embeddings, head and vectors, AdamW's where a method does not take them, over that for matrices."""
 GAP = 50
