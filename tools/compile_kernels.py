@@ -48,7 +48,12 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "adamw": [{"held": 0.0}, {"rounded": True}],
     "adamw_8bit": [{}, {"rounded": True}],
     "gated": [{"activation": a} for a in ("silu", "gelu", "gelu_tanh")],
-    "linear_cross_entropy": [{}, {"bias": True, "weighted": True, "softcap": 30.0, "smoothing": 0.1}, {"frozen": True}],
+    "linear_cross_entropy": [
+        {},
+        {"bias": True, "weighted": True, "softcap": 30.0, "smoothing": 0.1},
+        {"frozen": True},
+        {"filtered": True},
+    ],
 }
 """Operation -> options of its case, which between them reach every configuration."""
 SAMPLES: dict[str, dict[str, Any]] = {

@@ -56,6 +56,7 @@ CONFIGURATIONS: dict[str, tuple[Configuration, ...]] = {
     ),
     "cross_entropy_backward": (
         Row({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "PRECISION": "ieee"}, target="gfx"),
+        Row({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "PRECISION": "ieee"}, target="sm_100", dtype=torch.bfloat16),
         Row({"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 32, "PRECISION": "ieee"}, warps=8, dtype=torch.bfloat16),
         Row({"BLOCK_N": 32, "BLOCK_V": 64, "BLOCK_D": 32, "PRECISION": "tf32x3"}, warps=8),
     ),
