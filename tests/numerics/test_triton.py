@@ -108,7 +108,7 @@ def points() -> Iterator[Any]:
     for name, options in LATTICE.items():
         for number, option in enumerate(options):
             for dtype in DTYPES:
-                for target in ("sm_90", "gfx942"):  # between them every row of the configurations
+                for target in ("sm_90", "gfx942"):  # between them all tiles of the configurations
                     marks = [] if number in QUICK[name] and target == "sm_90" else [pytest.mark.proof]
                     label = ",".join(f"{key}={value}" for key, value in option.items())
                     yield pytest.param(name, dtype, target, option, id=f"{name}-{dtype}-{target}-{label}", marks=marks)
