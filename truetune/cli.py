@@ -7,6 +7,7 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -78,6 +79,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # what it cannot spell must not end a run
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which PEFT imports: of kernels nobody asked for
     app(prog_name="truetune")
 
 

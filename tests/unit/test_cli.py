@@ -396,3 +396,9 @@ def test_the_shell_sees_one_line_and_status_2() -> None:
     )
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"error: .*model\.path is missing .*\n", done.stderr)
+
+
+def test_libraries_do_not_speak_for_themselves() -> None:
+    asked = ["bench", "optimizers", "--table", str(ROOT / "results" / "optimizers.jsonl"), "--method", "adamw"]
+    done = subprocess.run([sys.executable, "-c", ENTRY, *asked], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and "| adamw |" in done.stdout

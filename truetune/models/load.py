@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import math
 import re
 import shutil
@@ -309,11 +308,8 @@ def quiet() -> Iterator[None]:
     """Keep progress bars and advice of the libraries off the screen; errors still come as exceptions."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    other = logging.getLogger("bitsandbytes")  # which PEFT imports; it tells of kernels that nobody asked for
-    others_level = other.level
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    other.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between the libraries; the user can't act on it
@@ -321,6 +317,5 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
-        other.setLevel(others_level)
         if bars:
             transformers_logging.enable_progress_bar()
