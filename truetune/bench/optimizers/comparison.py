@@ -25,8 +25,9 @@ from truetune.errors import UserError
 
 TUNING, SEEDS = 0, (1, 2, 3)
 """The seed of the searches, and those of the ranking."""
-TOLERANCE = 0.02
-"""In nats: a change of a hyper-parameter counts if it lowers the held-out loss by more."""
+TOLERANCE = {True: 0.02, False: 0.005}
+"""Nats by which a change of a hyper-parameter has to lower the held-out loss: of a model from scratch, and of LoRA, where
+it falls a tenth as fast."""
 BUDGETS = (0.5, 1.0, 2.0, 4.0)
 """Lengths of the runs that AdamW's curve is through; at each its rate is tuned anew."""
 
@@ -72,7 +73,7 @@ def compare(setting: Setting, methods: Sequence[str], ask: Ask) -> Comparison:
     names = sorted(methods, key=lambda name: name != BASELINE)  # whose curve the others are measured by
     standings, curve = [], None
     for name in names:
-        standing = _standing(name, runs(setting, name, ask), axes(name, setting.full))
+        standing = _standing(name, runs(setting, name, ask), axes(name, setting.full), TOLERANCE[setting.full])
         if name == BASELINE and standing.finals:
             try:
                 curve = _curve(setting, standing, runs(setting, name, ask))
@@ -100,9 +101,9 @@ def least(setting: Setting, methods: Sequence[str]) -> float:
     return searches + curve * (BASELINE in methods)
 
 
-def _standing(name: str, run: Runs, along: Sequence[Axis]) -> Standing:
+def _standing(name: str, run: Runs, along: Sequence[Axis], tolerance: float) -> Standing:
     try:
-        found = descend(along, lambda values: run(values, TUNING).loss, TOLERANCE)
+        found = descend(along, lambda values: run(values, TUNING).loss, tolerance)
     except Left:
         return Standing(name, "not tuned to its end")
     try:
@@ -122,6 +123,6 @@ def _curve(setting: Setting, standing: Standing, run: Runs) -> Curve:
         def loss(values: dict[str, float], budget: float = budget) -> float:
             return run(standing.values | values, TUNING, budget).loss
 
-        values = standing.values | descend([rate], loss, TOLERANCE).values
+        values = standing.values | descend([rate], loss, TOLERANCE[setting.full]).values
         points += [(budget, run(values, seed, budget).loss) for seed in SEEDS]
     return fit([budget * setting.tokens for budget, _ in points], [found for _, found in points])

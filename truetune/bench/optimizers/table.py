@@ -47,7 +47,7 @@ def table(comparison: Comparison, trials: Trials) -> str:
 def notes(comparison: Comparison, trials: Trials) -> Iterator[str]:
     """A sentence for whatever a figure rests on, for what is left, and for what keeps a figure from being trusted."""
     setting, curve = comparison.setting, comparison.curve
-    yield f"a change counted where it lowered the loss by more than {TOLERANCE:g}"
+    yield f"a change counted where it lowered the loss by more than {TOLERANCE[setting.full]:g}"
     if curve:
         yield (
             f"AdamW's loss at T times {curve.shortest:,.0f} tokens is {curve.floor:.4f} + {curve.scale:.4f} / "
