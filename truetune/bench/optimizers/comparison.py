@@ -26,8 +26,8 @@ from truetune.errors import UserError
 TUNING, SEEDS = 0, (1, 2, 3)
 """The seed of the searches, and those of the ranking."""
 TOLERANCE = {True: 0.02, False: 0.005}
-"""Nats by which a change of a hyper-parameter has to lower the held-out loss: of a model from scratch, and of LoRA, where
-it falls a tenth as fast."""
+"""Nats by which a change of a hyper-parameter has to lower the held-out loss: of a model from scratch, and of LoRA,
+where it falls a tenth as fast."""
 BUDGETS = (0.5, 1.0, 2.0, 4.0)
 """Lengths of the runs that AdamW's curve is through; at each its rate is tuned anew."""
 
