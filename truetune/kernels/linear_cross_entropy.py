@@ -42,7 +42,7 @@ from truetune.kernels.native import cross_entropy
 from truetune.kernels.op import Op, compute_dtype, no_autocast, statistics_dtype
 from truetune.kernels.product import products
 
-CHUNK_BYTES = 96 << 20
+CHUNK_BYTES = 192 << 20
 """Most bytes that a chunk's logits and their fp32 statistics may take."""
 CLASSES = 1 << 14
 """Rows of the weight's gradient that are added to at once."""

@@ -36,11 +36,16 @@ FAST_PATHS = {
 
 def is_on(fast_path: str) -> bool:
     """Whether ``TRUETUNE_OFF`` leaves it on. Raises UserError if that names what is no fast path."""
-    off = {name.strip() for name in os.environ.get("TRUETUNE_OFF", "").split(",")} - {""}
+    return fast_path not in _named(os.environ.get("TRUETUNE_OFF", ""))
+
+
+@functools.cache
+def _named(value: str) -> frozenset[str]:
+    off = frozenset(name.strip() for name in value.split(",")) - {""}
     if unknown := sorted(off - FAST_PATHS.keys()):
         known = ", ".join(FAST_PATHS)
         raise UserError(f"TRUETUNE_OFF names {unknown[0]}, which is no fast path; choose from {known}, or unset it")
-    return fast_path not in off
+    return off
 
 
 class Op(Generic[P, R]):

@@ -6,6 +6,7 @@ The model's code stays as it is: it calls one layer after the other, and those a
 from __future__ import annotations
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ class Together:
 
     def output(self, layer: Any, x: Tensor) -> Tensor:
         """Of ``layer``, which is one of ``layers``, for x."""
-        tensors = (x, *(p for each in self.layers for p in each.parameters()))
+        tensors = (x, *(p for owned in self._owners for p in owned.values() if p is not None))
         state = (torch.is_grad_enabled(), autocast_dtype(x), *(0 if t.is_inference() else t._version for t in tensors))
         if self._x is not x or self._state != state or layer not in self._waiting:
             self._x, self._state = x, state
@@ -42,6 +43,11 @@ class Together:
         if not self._waiting:
             self._x = None
         return y
+
+    @functools.cached_property
+    def _owners(self) -> list[dict[str, Any]]:
+        """Where the layers' modules hold their parameters, which need not be looked for at each call."""
+        return [module._parameters for layer in self.layers for module in layer.modules()]
 
     def forget(self) -> None:
         """Give nothing out that was computed before."""

@@ -23,7 +23,9 @@ using at::Tensor;
 
 constexpr int VECTORS = 4;                // of outputs in one panel
 constexpr Index PANEL = VECTORS * LANES;
-constexpr Index SLICE = 1024;             // words of a piece; a slice, up to two, stays in the second cache
+constexpr Index SLICE = 2048;             // words of panels that stay in the second cache
+constexpr Index SHORT = 64;               // the same where few rows pass, and what is laid out is used but once
+constexpr Index KEPT = 1 << 21;           // sums of all panels that are kept from slice to slice
 constexpr Index HEIGHT = 48;              // rows that are shared out to threads together: whole tiles of any height
 
 template <int N>
@@ -157,6 +159,44 @@ void lay_panel(Word* to, const Matrix& m, Index first, Index begin, Index end) {
   }
 }
 
+// Lines of memory that panels will be made of, asked for while others are multiplied: they lie too far apart for the
+// processor to foresee.
+class Ahead {
+ public:
+  // The panel of rows from `first` on, columns from `begin` to `end`.
+  void add(const Matrix& m, Index first, Index begin, Index end) {
+    const Index rows = std::min(PANEL, m.rows - first), columns = end - begin, size = m.single ? 4 : 2;
+    if (rows <= 0) return;
+    const char* at = static_cast<const char*>(m.at) + (first * m.row + begin * m.column) * size;
+    const bool by_rows = m.column == 1;
+    parts_.push_back({at, (by_rows ? m.row : m.column) * size, by_rows ? rows : columns,
+                      ((by_rows ? columns : rows) * size + LINE - 1) / LINE});
+    left_ += parts_.back().runs * parts_.back().lines;
+  }
+
+  void clear() { parts_.clear(), left_ = part_ = run_ = line_ = 0; }
+  Index left() const { return left_; }
+
+  void fetch(Index count) {
+    for (count = std::min(count, left_), left_ -= count; count > 0; count--) {
+      const Part& part = parts_[part_];
+      __builtin_prefetch(part.at + run_ * part.stride + line_ * LINE, 0, 2);
+      if (++line_ < part.lines) continue;
+      line_ = 0;
+      if (++run_ == part.runs) run_ = 0, part_++;
+    }
+  }
+
+ private:
+  static constexpr Index LINE = 64;
+  struct Part {
+    const char* at;
+    Index stride, runs, lines;  // of runs, which lie apart
+  };
+  std::vector<Part> parts_;
+  Index left_ = 0, part_ = 0, run_ = 0, line_ = 0;
+};
+
 // Rows from `first` to `last`, columns from `begin` to `end`: [row][word], rows `stride` apart.
 void lay_rows(Word* to, Index stride, const Matrix& m, Index first, Index last, Index begin, Index end) {
   for (Index i = first; i < last; i += LANES, to += LANES * stride)
@@ -211,7 +251,11 @@ struct Target {
 // sums [COUNT, N vectors] = the factors' products, or += them where `add`.
 template <int COUNT, int N>
 [[gnu::noinline]] void tile(float* sums, bool add, const Factors* first, const Factors* last) {
-  Vec y[COUNT][N]{};
+  Vec y[COUNT][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < COUNT; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) y[i][j] = add ? load<Vec>(sums + i * PANEL + j * LANES) : Vec{};
   for (; first < last; first++) {
     const Word *a = first->rows, *panel = first->panel, *end = panel + first->words * PANEL;
     const Index row = first->row;
@@ -230,10 +274,7 @@ template <int COUNT, int N>
 #pragma GCC unroll 8
   for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) {
-      float* sum = sums + i * PANEL + j * LANES;
-      store(sum, add ? y[i][j] + load<Vec>(sum) : y[i][j]);
-    }
+    for (int j = 0; j < N; j++) store(sums + i * PANEL + j * LANES, y[i][j]);
 }
 
 // The same for COUNT rows at most.
@@ -248,15 +289,18 @@ struct Plan {
   std::vector<Piece> pieces;
   std::vector<Index> slices{0};  // first pieces, and the end
   Index largest = 0, laid_out = 0;  // words of a slice, and of a row of x that is laid out
+  bool few;  // whether so few rows pass that weights whose columns lie apart are best read along their rows
 
-  Plan(const std::vector<Matrix>& x, const std::vector<Matrix>& w) {
+  Plan(const std::vector<Matrix>& x, const std::vector<Matrix>& w)
+      : few(x[0].rows <= HEIGHT && std::all_of(w.begin(), w.end(), [](const Matrix& m) { return m.column != 1; })) {
+    const Index slice = few ? SHORT : SLICE, piece = Bf16::PER_WORD * (few ? slice : slice / 2);
     Index filled = 0;
     for (size_t s = 0; s < x.size(); s++) {
       const bool paired = x[s].columns % 2 == 0 && x[s].row % 2 == 0 && x[s].column == 1;
       const bool direct = !x[s].single && paired && Bf16::PER_WORD == 2;
-      for (Index begin = 0; begin < x[s].columns; begin += 2 * SLICE) {
-        const Index end = std::min(begin + 2 * SLICE, x[s].columns), size = words_of(end - begin);
-        if (filled && filled + size > 2 * SLICE) slices.push_back(pieces.size()), filled = 0;
+      for (Index begin = 0; begin < x[s].columns; begin += piece) {
+        const Index end = std::min(begin + piece, x[s].columns), size = words_of(end - begin);
+        if (filled && filled + size > slice) slices.push_back(pieces.size()), filled = 0;
         pieces.push_back({&x[s], &w[s], begin, up(end, 2), filled, direct ? -1 : laid_out, size});
         filled += size, laid_out += direct ? 0 : up(size, LANES), largest = std::max(largest, filled);
       }
@@ -265,9 +309,10 @@ struct Plan {
   }
 };
 
-// One thread's share: tiles of rows from `begin` to `end`, panel after panel.
+// One thread's share.
 class Share {
  public:
+  // count: rows of all panels whose sums are kept from slice to slice.
   Share(const Plan& plan, const Word* rows, const Target& target, Index count)
       : plan_(plan), rows_(rows), target_(target), whole_(plan.slices.size() > 2),
         arena_(4 * PANEL * (plan.largest + (whole_ ? count : HEIGHT)) + 128) {
@@ -275,25 +320,42 @@ class Share {
     sums_ = arena_.take<float>((whole_ ? count : HEIGHT) * PANEL);
   }
 
-  // Rows from `first` to `last` and the panel of outputs from n on.
-  template <int N>
-  void multiply(Index first, Index last, Index n) {
-    for (size_t s = 0; s + 1 < plan_.slices.size(); s++) {
-      const auto begin = plan_.pieces.begin() + plan_.slices[s], end = plan_.pieces.begin() + plan_.slices[s + 1];
-      for (auto p = begin; p < end; p++) lay_panel(panel_ + p->place * PANEL, *p->w, n, p->begin, p->end);
-      factors_.clear();
-      for (auto p = begin; p < end; p++) factors_.push_back(factors(*p, first));
-      for (Index r = first; r < last; r += TALL<N>) {
-        const Index rows = std::min<Index>(TALL<N>, last - r);
-        float* sums = whole_ ? sums_ + (r - first) * PANEL : sums_;
-        tile_of<N>(rows, sums, s > 0, factors_);
-        if (s + 2 == plan_.slices.size()) target_.take(sums, rows, r, n);
-        for (Factors& each : factors_) each.rows += TALL<N> * each.row;
+  // Rows from `first` to `last` and panels of outputs from `begin` to `end`; panels within slices, so that a slice of x
+  // is in the cache for all of them.
+  void multiply(Index first, Index last, Index begin, Index end) {
+    const Index slices = plan_.slices.size() - 1;
+    for (Index s = 0; s < slices; s++)
+      for (Index panel = begin; panel < end; panel++) {
+        ahead_.clear();
+        if (panel + 1 < end) look_ahead(s, panel + 1);
+        else if (s + 1 < slices) look_ahead(s + 1, begin);
+        else look_ahead(0, end);
+        float* sums = sums_ + (whole_ ? (panel - begin) * (last - first) * PANEL : 0);
+        const Index vectors = std::min<Index>(VECTORS, (target_.outputs - panel * PANEL + LANES - 1) / LANES);
+        vectors == 1   ? slice<1>(s, first, last, panel * PANEL, sums)
+        : vectors == 2 ? slice<2>(s, first, last, panel * PANEL, sums)
+        : vectors == 3 ? slice<3>(s, first, last, panel * PANEL, sums)
+                       : slice<4>(s, first, last, panel * PANEL, sums);
       }
-    }
   }
 
  private:
+  template <int N>
+  void slice(Index s, Index first, Index last, Index n, float* sums) {
+    const auto begin = plan_.pieces.begin() + plan_.slices[s], end = plan_.pieces.begin() + plan_.slices[s + 1];
+    for (auto p = begin; p < end; p++) lay_panel(panel_ + p->place * PANEL, *p->w, n, p->begin, p->end);
+    factors_.clear();
+    for (auto p = begin; p < end; p++) factors_.push_back(factors(*p, first));
+    const Index lines = ahead_.left() * TALL<N> / (last - first) + 1;
+    for (Index r = first; r < last; r += TALL<N>, sums += whole_ ? TALL<N> * PANEL : 0) {
+      const Index rows = std::min<Index>(TALL<N>, last - r);
+      tile_of<N>(rows, sums, s > 0, factors_);
+      if (s + 2 == Index(plan_.slices.size())) target_.take(sums, rows, r, n);
+      for (Factors& each : factors_) each.rows += TALL<N> * each.row;
+      ahead_.fetch(lines);
+    }
+  }
+
   Factors factors(const Piece& p, Index r) const {
     const Word* panel = panel_ + p.place * PANEL;
     if (p.from >= 0) return {rows_ + r * plan_.laid_out + p.from, panel, plan_.laid_out, p.words};
@@ -301,14 +363,22 @@ class Share {
     return {reinterpret_cast<const Word*>(row), panel, p.x->row / 2, p.words};
   }
 
+  void look_ahead(Index s, Index panel) {
+    for (Index i = plan_.slices[s]; i < plan_.slices[s + 1]; i++) {
+      const Piece& p = plan_.pieces[i];
+      ahead_.add(*p.w, panel * PANEL, p.begin, std::min(p.end, p.w->columns));
+    }
+  }
+
   const Plan& plan_;
   const Word* rows_;
   const Target& target_;
-  bool whole_;  // whether sums of all rows are kept from slice to slice
+  bool whole_;  // whether sums are kept from slice to slice
   Arena arena_;
   Word* panel_;
   float* sums_;
   std::vector<Factors> factors_;
+  Ahead ahead_;
 };
 
 // What of x can't be read where it is: [row][word].
@@ -344,15 +414,14 @@ void products(at::TensorList x, at::TensorList w, const std::optional<Tensor>& b
   const Tensor words = laid_out(plan, out, rows);
   const Index panels = (outputs + PANEL - 1) / PANEL, blocks = (rows + HEIGHT - 1) / HEIGHT;
   at::parallel_for(0, panels * blocks, 1, [&](Index begin, Index end) {
-    Share share(plan, reinterpret_cast<const Word*>(words.data_ptr<int>()), target, rows);
+    const bool together = rows * outputs <= KEPT;
+    Share share(plan, reinterpret_cast<const Word*>(words.data_ptr<int>()), target,
+                rows * (together ? (end - begin + blocks - 1) / blocks : 1));
     while (begin < end) {
-      const Index panel = begin / blocks, stop = std::min(end, (panel + 1) * blocks), n = panel * PANEL;
+      const Index panel = begin / blocks, whole = begin % blocks == 0 && together ? end / blocks - panel : 0;
+      const Index stop = whole > 0 ? (panel + whole) * blocks : std::min(end, (panel + 1) * blocks);
       const Index first = begin % blocks * HEIGHT, last = std::min(rows, (stop - panel * blocks) * HEIGHT);
-      const Index vectors = std::min<Index>(VECTORS, (outputs - n + LANES - 1) / LANES);
-      vectors == 1   ? share.multiply<1>(first, last, n)
-      : vectors == 2 ? share.multiply<2>(first, last, n)
-      : vectors == 3 ? share.multiply<3>(first, last, n)
-                     : share.multiply<4>(first, last, n);
+      share.multiply(first, last, panel, panel + std::max<Index>(whole, 1));
       begin = stop;
     }
   });
