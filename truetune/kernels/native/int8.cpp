@@ -47,52 +47,59 @@ inline Ints multiply_add_bytes(const Ints& sum, const Words& weights, Word value
 #endif
 }
 
+// One group of a row, its first `count` columns, or all GROUP where WHOLE; of `to` are written up to `room` bytes.
+template <class E, bool WHOLE>
+void quantize_group(const typename E::Element* from, const float* factors, Index count, int8_t* to, Index room,
+                    float* scale, int32_t* sum) {
+  using Bytes = int8_t __attribute__((vector_size(LANES)));
+  constexpr float ROUND = 12582912;  // 1.5 * 2^23: a float of that size has no fraction
+  constexpr Index PARTS = GROUP / LANES;
+  Vec parts[PARTS];
+  Ints most{};  // as the bits of positive floats, which are in order, and end with what is no number
+#pragma GCC unroll 8
+  for (Index i = 0; i < PARTS; i++) {
+    const Index left = WHOLE ? LANES : std::max<Index>(count - i * LANES, 0);
+    parts[i] = read(from + i * LANES, left);
+    if (factors) parts[i] *= read(factors + i * LANES, left);
+    const Ints above = bits<Ints>(parts[i]) & INT32_MAX;
+    most = above > most ? above : most;
+  }
+  most = across(most, [](const Ints& a, const Ints& b) { return a > b ? a : b; });
+  const float largest = bits<float>(most[0]), inverse = LEVELS / largest;
+  const bool odd = !std::isfinite(largest), nothing = !std::isfinite(inverse);  // below 4e-37 it is 0
+  *scale = odd ? NAN : nothing ? 0 : largest / LEVELS;
+  const float factor = odd || nothing ? 0 : inverse;
+  Ints total{};
+#pragma GCC unroll 8
+  for (Index i = 0; i < PARTS; i++) {
+    // The bound changes nothing, but keeps compilers from rounding product and sum in one, with other ties.
+    const Vec scaled = parts[i] * factor, bounded = scaled < LEVELS + 1 ? scaled : LEVELS + 1 - Vec{};
+    const Vec shifted = odd ? ROUND - Vec{} : bounded + ROUND;
+    const Ints whole = bits<Ints>(shifted) - bits<int32_t>(ROUND);
+    const Bytes bytes = __builtin_convertvector(whole, Bytes);
+    if (WHOLE || room - i * LANES >= LANES)
+      store(to + i * LANES, bytes);
+    else if (room > i * LANES)
+      std::memcpy(to + i * LANES, &bytes, room - i * LANES);
+    total += whole;
+  }
+  *sum = across(total, [](const Ints& a, const Ints& b) { return a + b; })[0];
+}
+
 template <class E>
 void quantize_rows(const Tensor& x, const Tensor& columns, const Tensor& values, const Tensor& scales,
                    const Tensor& sums) {
-  using Bytes = int8_t __attribute__((vector_size(LANES)));
-  constexpr float ROUND = 12582912;  // 1.5 * 2^23: a float of that size has no fraction
   const Index size = x.size(1), width = values.size(1), groups = scales.size(1);
   const float* factors = data<float>(columns);
   at::parallel_for(0, x.size(0), TILE, [&](Index first, Index last) {
-    for (Index row = first; row < last; row++) {
-      const auto* from = data<typename E::Element>(x) + row * size;
-      const auto value = [&](Index i) {
-        const Vec v = read(from + i, size - i);
-        return factors ? v * read(factors + i, size - i) : v;
-      };
-      int8_t* to = data<int8_t>(values) + row * width;
+    for (Index row = first; row < last; row++)
       for (Index group = 0; group < groups; group++) {
-        const Index begin = group * GROUP, end = std::min(size, begin + GROUP);
-        Ints most{};  // as the bits of positive floats, which are in order, and end with what is no number
-        for (Index i = begin; i < end; i += LANES) {
-          const Ints above = bits<Ints>(value(i)) & INT32_MAX;
-          most = above > most ? above : most;
-        }
-        int32_t highest_bits = 0;
-        for (Index i = 0; i < LANES; i++) highest_bits = std::max(highest_bits, most[i]);
-        const float largest = bits<float>(highest_bits), inverse = LEVELS / largest;
-        const bool odd = !std::isfinite(largest), nothing = !std::isfinite(inverse);  // below 4e-37 it is 0
-        data<float>(scales)[row * groups + group] = odd ? NAN : nothing ? 0 : largest / LEVELS;
-        const float factor = odd || nothing ? 0 : inverse;
-        Ints total{};
-        for (Index i = begin; i < end; i += LANES) {
-          // The bound changes nothing, but keeps compilers from rounding product and sum in one, with other ties.
-          const Vec scaled = value(i) * factor, bounded = scaled < LEVELS + 1 ? scaled : LEVELS + 1 - Vec{};
-          const Vec shifted = odd ? ROUND - Vec{} : bounded + ROUND;
-          const Ints whole = bits<Ints>(shifted) - bits<int32_t>(ROUND);
-          const Bytes bytes = __builtin_convertvector(whole, Bytes);
-          if (width - i >= LANES)
-            store(to + i, bytes);
-          else
-            std::memcpy(to + i, &bytes, width - i);
-          total += whole;
-        }
-        int32_t sum = 0;
-        for (Index i = 0; i < LANES; i++) sum += total[i];
-        data<int32_t>(sums)[row * groups + group] = sum;
+        const Index begin = group * GROUP, count = std::min(size - begin, GROUP), place = row * groups + group;
+        (count == GROUP ? quantize_group<E, true> : quantize_group<E, false>)(
+            data<typename E::Element>(x) + row * size + begin, factors ? factors + begin : nullptr, count,
+            data<int8_t>(values) + row * width + begin, width - begin, data<float>(scales) + place,
+            data<int32_t>(sums) + place);
       }
-    }
   });
 }
 
@@ -137,36 +144,41 @@ struct Product {
   Index words, groups, outputs, steps;  // steps: words of low and up in a row
 };
 
-// COUNT rows from `row` on, of one panel.
-template <class E, int COUNT>
-void tile(const Product& p, Index row, Index panel) {
-  Vec y[COUNT][VECTORS]{};
-  const Word* weights = reinterpret_cast<const Word*>(p.weights) + panel * p.words * PANEL;
-  const int8_t* values = p.values + row * p.words * QUAD;
-  for (Index group = 0, w = 0; group < p.groups; group++) {
-    Ints whole[COUNT][VECTORS];
-    const Index place = row * p.groups + group;
+// y [COUNT, PANEL] = what a group's `words` add to COUNT rows of values, `row` words apart, and a panel; or += it where
+// `add`. Sums leave the registers through memory: to keep both in them is more than there are.
+template <int COUNT>
+[[gnu::noinline]] void group(float* y, bool add, const Word* values, Index row, const Word* weights, Index words,
+                             const float* scales, const int32_t* sums, Index groups) {
+  Ints whole[COUNT][VECTORS];
 #pragma GCC unroll 8
-    for (int i = 0; i < COUNT; i++)
+  for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; j++) whole[i][j] = -128 * p.sums[place + i * p.groups] - Ints{};
-    for (const Index end = std::min(p.words, w + GROUP / QUAD); w < end; w++, weights += PANEL) {
-      Words column[VECTORS];
+    for (int j = 0; j < VECTORS; j++) whole[i][j] = -128 * sums[i * groups] - Ints{};
+  for (const Word* end = weights + words * PANEL; weights < end; weights += PANEL, values++) {
+    Words column[VECTORS];
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; j++) column[j] = load<Words>(weights + j * LANES);
+    for (int j = 0; j < VECTORS; j++) column[j] = load<Words>(weights + j * LANES);
 #pragma GCC unroll 8
-      for (int i = 0; i < COUNT; i++) {
-        const Word spread = load<Word>(values + (i * p.words + w) * QUAD);
+    for (int i = 0; i < COUNT; i++) {
+      const Word spread = load<Word>(values + i * row);
 #pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; j++) whole[i][j] = multiply_add_bytes(whole[i][j], column[j], spread);
-      }
+      for (int j = 0; j < VECTORS; j++) whole[i][j] = multiply_add_bytes(whole[i][j], column[j], spread);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < COUNT; i++)
-#pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; j++)
-        y[i][j] += __builtin_convertvector(whole[i][j], Vec) * p.scales[place + i * p.groups];
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < COUNT; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; j++) {
+      float* to = y + i * PANEL + j * LANES;
+      const Vec sum = add ? load<Vec>(to) : Vec{};
+      store(to, sum + __builtin_convertvector(whole[i][j], Vec) * scales[i * groups]);
+    }
+}
+
+// The outputs of COUNT rows from `row` on and of one panel: y times their factors, and what is added.
+template <class E, int COUNT>
+[[gnu::noinline]] void finish(const Product& p, const float* y, Index row, Index panel) {
+  Vec sums[COUNT][VECTORS];
   const Index first = panel * PANEL, left = p.outputs - first;
 #pragma GCC unroll 8
   for (int j = 0; j < VECTORS; j++) {
@@ -174,16 +186,19 @@ void tile(const Product& p, Index row, Index panel) {
     const Vec factor = p.factors ? read(p.factors + first + start, rest) : 1.0f - Vec{};
     const Vec bias = p.bias ? read(p.bias + first + start, rest) : Vec{};
 #pragma GCC unroll 8
-    for (int i = 0; i < COUNT; i++) y[i][j] = y[i][j] * factor + bias;
+    for (int i = 0; i < COUNT; i++) sums[i][j] = load<Vec>(y + i * PANEL + start) * factor + bias;
   }
   const Word* up_words = static_cast<const Word*>(p.up) + panel * p.steps * PANEL;
   const Word* low_words = static_cast<const Word*>(p.low) + row * p.steps;
   for (Index r = 0; r < p.steps; r++, up_words += PANEL) {
+    Words column[VECTORS];
 #pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; j++) {
-      const Words column = load<Words>(up_words + j * LANES);
+    for (int j = 0; j < VECTORS; j++) column[j] = load<Words>(up_words + j * LANES);
 #pragma GCC unroll 8
-      for (int i = 0; i < COUNT; i++) y[i][j] = E::multiply_add(y[i][j], low_words[i * p.steps + r], column);
+    for (int i = 0; i < COUNT; i++) {
+      const Word spread = low_words[i * p.steps + r];
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; j++) sums[i][j] = E::multiply_add(sums[i][j], spread, column[j]);
     }
   }
   auto* to = static_cast<typename E::Element*>(p.out) + row * p.outputs + first;
@@ -191,7 +206,22 @@ void tile(const Product& p, Index row, Index panel) {
   for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++)
-      if (left > j * LANES) write<E>(to + i * p.outputs + j * LANES, y[i][j], left - j * LANES);
+      if (left > j * LANES) write<E>(to + i * p.outputs + j * LANES, sums[i][j], left - j * LANES);
+}
+
+// COUNT rows from `row` on, of one panel.
+template <class E, int COUNT>
+void tile(const Product& p, Index row, Index panel) {
+  float y[COUNT * PANEL];
+  constexpr Index LONG = GROUP / QUAD;
+  const Word* weights = reinterpret_cast<const Word*>(p.weights) + panel * p.words * PANEL;
+  const Word* values = reinterpret_cast<const Word*>(p.values) + row * p.words;
+  for (Index g = 0; g < p.groups; g++) {
+    const Index w = g * LONG, place = row * p.groups + g;
+    group<COUNT>(y, g > 0, values + w, p.words, weights + w * PANEL, std::min(LONG, p.words - w), p.scales + place,
+                 p.sums + place, p.groups);
+  }
+  finish<E, COUNT>(p, y, row, panel);
 }
 
 template <class E, int COUNT = TILE>
@@ -205,9 +235,9 @@ void multiply_all(const Product& p, Index rows, Index panels) {
   const Index blocks = (rows + BLOCK - 1) / BLOCK;
   at::parallel_for(0, blocks * panels, 1, [&](Index begin, Index end) {
     for (Index item = begin; item < end; item++) {
-      const Index stop = std::min(rows, (item / panels + 1) * BLOCK);
-      for (Index row = item / panels * BLOCK; row < stop; row += TILE)
-        rest<E>(p, row, std::min<Index>(TILE, stop - row), item % panels);
+      const Index stop = std::min(rows, (item % blocks + 1) * BLOCK);
+      for (Index row = item % blocks * BLOCK; row < stop; row += TILE)
+        rest<E>(p, row, std::min<Index>(TILE, stop - row), item / blocks);
     }
   });
 }

@@ -227,11 +227,11 @@ inline Vec tanh(const Vec& x) {
 }
 
 // The lanes of x, moved round by `by`.
-template <Index... I>
-inline Vec turned(const Vec& x, Index by, std::integer_sequence<Index, I...>) {
+template <class V, Index... I>
+inline V turned(const V& x, Index by, std::integer_sequence<Index, I...>) {
   const Ints from{static_cast<int32_t>((I + by) % LANES)...};
 #if defined(__clang__)
-  Vec to{};
+  V to{};
   for (Index i = 0; i < LANES; i++) to[i] = x[from[i]];
   return to;
 #else
@@ -240,8 +240,8 @@ inline Vec turned(const Vec& x, Index by, std::integer_sequence<Index, I...>) {
 }
 
 // All lanes combined, by halves, in every lane.
-template <class Combine>
-inline Vec across(Vec x, Combine combine) {
+template <class V, class Combine>
+inline V across(V x, Combine combine) {
 #pragma GCC unroll 8
   for (Index half = LANES / 2; half > 0; half /= 2)
     x = combine(x, turned(x, half, std::make_integer_sequence<Index, LANES>()));
