@@ -59,7 +59,7 @@ def compare_training(
 ) -> None:
     """Train beside other frameworks: same model, data, hyper-parameters and precision, in turns, on the CPU.
 
-    Peers: loop, loop-compiled, hf-trainer, trl, litgpt.
+    Peers: loop, loop-single, loop-compiled, hf-trainer, trl, litgpt.
     """
     from truetune.bench.training import Asked, compare
 

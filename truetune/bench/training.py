@@ -54,6 +54,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     "loop": Peer("loop", (), "a careful loop with transformers and PEFT"),
+    "loop-single": Peer("loop", ("single",), "the same, one document at a time"),
     "loop-compiled": Peer("loop", ("compile",), "the same, its layers compiled by torch"),
     "hf-trainer": Peer("trainers", (), "transformers' Trainer"),
     "trl": Peer("trainers", ("trl",), "trl's SFTTrainer, packing"),

@@ -2,7 +2,8 @@
 
 Documents of like length share a batch of up to 1,024 padded tokens, padded on the right without a mask, since causal
 attention never sees the padding; logits of target positions only; fused AdamW. Option ``compile``: the decoder's layers
-through ``torch.compile``, before the first step.
+through ``torch.compile``, before the first step. Option ``single``: one document at a time and no padding, which is faster
+where a single document fills the processor.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ BUDGET = 1024
 """Padded tokens of a batch."""
 
 
-def batches(rows: Sequence[Row]) -> list[list[Row]]:
-    """The longest first, as many to a batch as its longest allows."""
+def batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+    """The longest first, as many to a batch as its longest allows, but at least one."""
     found: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if not found or (len(found[-1]) + 1) * len(found[-1][0].ids) > BUDGET:
+        if not found or (len(found[-1]) + 1) * len(found[-1][0].ids) > budget:
             found.append([])
         found[-1].append(row)
     return found
@@ -44,6 +45,7 @@ def main() -> None:
     model = load(side)
     base = model.get_base_model() if side.job["adapter"] else model
     decoder, head = base.base_model, base.get_output_embeddings()
+    budget = 0 if "single" in side.options else BUDGET
     parameters = trained(model)
     optimizer = torch.optim.AdamW(parameters, lr=side.job["rate"], weight_decay=0.0, fused=True)
 
@@ -69,7 +71,7 @@ def main() -> None:
     for rows in side.steps:
         side.begin()
         targets = sum(int((row.labels[1:] != IGNORE).sum()) for row in rows)
-        loss = sum(backward(batch, targets) for batch in batches(rows))
+        loss = sum(backward(batch, targets) for batch in batches(rows, budget))
         if side.job["clip"] is not None:
             torch.nn.utils.clip_grad_norm_(parameters, side.job["clip"])
         optimizer.step()
