@@ -62,6 +62,39 @@ def test_it_is_rounded_once(shape: Any, left: str, right: str, library: Any) -> 
     assert ((rounded - truth).abs() <= 2**-8 * truth.abs() + 2**-20 * size).all()
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_matrix_is_added_before_it_is_rounded(
+    shape: Any, dtype: torch.dtype, out_dtype: torch.dtype, library: Any
+) -> None:
+    x, w = operands(shape)
+    added = LAYOUTS["a part of more"](torch.randn(shape[0], shape[2]).to(dtype))
+    out = LAYOUTS["a part of more"](torch.zeros(shape[0], shape[2], dtype=out_dtype))
+    library.products(x, w, added, out, 2.0, -3.0)
+    product, size = exact(x, w)
+    truth, size = 2 * product - 3 * added.double(), 2 * size + 3 * added.double().abs()
+    step = 2**-8 if out_dtype == torch.bfloat16 else 0.0
+    assert ((out - truth).abs() <= step * truth.abs() + 2**-20 * size).all()
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", list(LAYOUTS)[:3])
+@pytest.mark.parametrize("rows", [1, 15, 16, 63, 64, 65, 200])
+def test_half_of_a_symmetric_product_is_the_whole(rows: int, layout: str, out_dtype: torch.dtype, library: Any) -> None:
+    x, d = LAYOUTS[layout](torch.randn(rows, 4200).bfloat16()), torch.randn(rows, rows)
+    whole, out, other = (torch.full((rows, rows), torch.nan, dtype=out_dtype) for _ in range(3))
+    library.products([x], [x], d + d.T, whole, 2.0, -3.0)
+    library.products([x], [x], d + d.T, out, 2.0, -3.0, True)
+    assert torch.equal(out, whole)
+    torch.set_num_threads(3)
+    library.products([x], [x], d + d.T, other, 2.0, -3.0, True)
+    assert torch.equal(out, other)
+    above = torch.ones(rows, rows, dtype=torch.bool).triu(16)  # beyond any vector
+    library.products([x], [x], (d + d.T).masked_fill(above, torch.nan), other, 2.0, -3.0, True)
+    assert torch.equal(out, other)  # nothing is read there
+
+
 def test_fp32_weights_are_rounded_as_autocast_rounds_them(library: Any) -> None:
     x, _ = operands((33, (515,), 72))
     for weight in (torch.randn(72, 515), torch.randn(515, 72).T):
@@ -126,3 +159,13 @@ def test_no_rows_no_outputs_no_columns(library: Any) -> None:
         assert not out.any()
     with pytest.raises(RuntimeError, match="have to be"):
         library.products([torch.zeros(2, 3).bfloat16()], [torch.zeros(2, 4).bfloat16()], None, torch.empty(2, 2))
+    x, w = operands((3, (8,), 4))
+    for added, out, symmetric, problem in (
+        (None, torch.empty(3, 4), True, "has to be square"),
+        (torch.zeros(4, 3).T, torch.empty(3, 4), False, "side by side"),
+        (None, torch.empty(4, 3).T, False, "side by side"),
+        (torch.zeros(3, 4).double(), torch.empty(3, 4), False, "float or bfloat16"),
+        (torch.zeros(2, 4), torch.empty(3, 4), False, "expand"),
+    ):
+        with pytest.raises(RuntimeError, match=problem):
+            library.products(x, w, added, out, 1.0, 1.0, symmetric)

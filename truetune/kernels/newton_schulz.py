@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from truetune.kernels.op import Op
+from truetune.kernels.product import available, compiled
 from truetune.kernels.symmetric import symmetric
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -29,18 +30,32 @@ def newton_schulz(matrices_BMN: Tensor, steps: int = 5, eps: float = 1e-7) -> Te
 @newton_schulz.on("cpu")
 def _one_by_one(matrices_BMN: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
     """Each as it lies, so that a tall one is not turned, and what is multiplied stays in the cache."""
-    a, b, c = COEFFICIENTS
-    done = []
+    rounds = _compiled if matrices_BMN.dtype == torch.bfloat16 and available() else _by_torch
     with torch.no_grad():
-        for x in matrices_BMN:
-            tall = x.shape[0] > x.shape[1]
-            x = x / _norm(x, eps)
-            for _ in range(steps):
-                gram_1SS = symmetric((x.mT if tall else x)[None])
-                p = symmetric(gram_1SS, gram_1SS, c, b)[0]
-                x = torch.addmm(x, x, p, beta=a) if tall else torch.addmm(x, p, x, beta=a)
-            done.append(x)
+        done = [rounds(x / _norm(x, eps), steps, x.shape[0] > x.shape[1]) for x in matrices_BMN]
     return done[0][None] if len(done) == 1 else torch.stack(done)
+
+
+def _by_torch(x: Tensor, steps: int, tall: bool) -> Tensor:
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        gram_1SS = symmetric((x.mT if tall else x)[None])
+        p = symmetric(gram_1SS, gram_1SS, c, b)[0]
+        x = torch.addmm(x, x, p, beta=a) if tall else torch.addmm(x, p, x, beta=a)
+    return x
+
+
+def _compiled(x: Tensor, steps: int, tall: bool) -> Tensor:
+    a, b, c = COEFFICIENTS
+    gram_SS, p_SS = x.new_empty(2, min(x.shape), min(x.shape))
+    other = torch.empty_like(x)
+    for _ in range(steps):
+        x_SL = x.mT if tall else x
+        compiled([x_SL], [x_SL], None, gram_SS, symmetric=True)
+        compiled([gram_SS], [gram_SS], gram_SS, p_SS, c, b, symmetric=True)
+        left, right = (x, p_SS) if tall else (p_SS, x.mT)
+        x, other = compiled([left], [right], x, other, beta=a), x
+    return x
 
 
 def _norm(x: Tensor, eps: float) -> Tensor:

@@ -42,7 +42,7 @@ def products(
 
 
 @products.on("cpu")
-def _compiled(
+def _of_bf16(
     x: list[Tensor],
     w: list[Tensor],
     bias_N: Tensor | None = None,
@@ -53,8 +53,25 @@ def _compiled(
         return products.reference(x, w, bias_N, dtype, out)
     if out is None:
         out = x[0].new_empty(len(x[0]), len(w[0]), dtype=dtype or x[0].dtype)
-    bias_N = None if bias_N is None else bias_N.float().contiguous()
-    kernels().products([_packed(t) for t in x], [_packed(t) for t in w], bias_N, out)  # type: ignore[union-attr]
+    return compiled(x, w, None if bias_N is None else bias_N.float().contiguous(), out)
+
+
+def compiled(
+    x: list[Tensor],
+    w: list[Tensor],
+    added: Tensor | None,
+    out: Tensor,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    symmetric: bool = False,
+) -> Tensor:
+    """alpha (sum over i of x_i w_i^T) + beta D in ``out`` [T, N], rounded once; x in bf16, where it is ``available``.
+
+    added: D, [T, N] or [N] in bf16 or fp32, or none. symmetric: y and D are, and about half of y is multiplied.
+    Raises RuntimeError for shapes that do not fit, and where elements of a row of D or ``out`` lie apart.
+    """
+    left, right = [_packed(t) for t in x], [_packed(t) for t in w]
+    kernels().products(left, right, added, out, alpha, beta, symmetric)  # type: ignore[union-attr]
     return out
 
 

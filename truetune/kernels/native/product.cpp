@@ -1,210 +1,35 @@
 // Sums of products of matrices, added up in fp32 and rounded once:
 //
-//   y_tn = sum over s, k of x_s[t, k] w_s[n, k] + b_n
+//   y_tn = alpha (sum over s, k of x_s[t, k] w_s[n, k]) + beta d_tn
 //
 // Several pairs (x_s, w_s) are one contraction: a frozen weight and its adapter, or the gradients of layers that read
 // one input. Outputs stand in panels, whose weights are laid out once and stay in the second cache while all rows pass;
 // sums of a tile of rows and a panel stay in registers over a slice of words. The order of a sum depends neither on
-// threads nor on other rows. After Goto & van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication.
+// threads nor on other rows. Of a symmetric y only blocks that reach the diagonal or lie below it are multiplied; the
+// others are copies. After Goto & van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication.
 // Left out: sums of products of fp32, and batches.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <vector>
 
-#include "reading.h"
+#include "layout.h"
 
 namespace truetune {
 namespace {
 
 using at::Tensor;
 
-constexpr int VECTORS = 4;                // of outputs in one panel
-constexpr Index PANEL = VECTORS * LANES;
-constexpr Index SLICE = 2048;             // words of panels that stay in the second cache
-constexpr Index SHORT = 64;               // the same where few rows pass, and what is laid out is used but once
-constexpr Index KEPT = 1 << 21;           // sums of all panels that are kept from slice to slice
-constexpr Index HEIGHT = 48;              // rows that are shared out to threads together: whole tiles of any height
+constexpr Index SLICE = 2048;    // words of panels that stay in the second cache
+constexpr Index SHORT = 64;      // the same where few rows pass, and what is laid out is used but once
+constexpr Index KEPT = 1 << 21;  // sums of all panels that are kept from slice to slice
+constexpr Index HEIGHT = 48;     // rows that are shared out to threads together: whole tiles of any height, and vectors
 
 template <int N>
 constexpr int TALL = N == 4 ? 6 : 8;  // rows whose sums over N vectors leave registers for the operands
-
-// A matrix [rows, columns], contracted over its columns, one of whose strides is 1.
-struct Matrix {
-  const void* at;
-  bool single;
-  Index rows, columns, row, column;
-
-  explicit Matrix(const Tensor& t)
-      : at(t.data_ptr()), single(t.scalar_type() == at::kFloat), rows(t.size(0)), columns(t.size(1)),
-        row(t.stride(0)), column(t.stride(1)) {
-    TORCH_CHECK(single || t.scalar_type() == at::kBFloat16, "matrices have to be float or bfloat16");
-    if (columns == 1) column = 1;
-    if (rows == 1 && column != 1) row = 1;
-    TORCH_CHECK(row == 1 || column == 1, "rows or columns have to lie side by side");
-  }
-};
-
-inline Index words_of(Index columns) { return up(columns, 2) / Bf16::PER_WORD; }
-
-// LANES rows or words of a matrix.
-using Square = std::array<Words, LANES>;
-constexpr Index SPAN = LANES * Bf16::PER_WORD;  // columns of a square
-
-#if TRUETUNE_PAIRS
-inline __mmask32 lanes(Index left) {
-  return left >= 32 ? ~__mmask32{} : (__mmask32{1} << std::max<Index>(left, 0)) - 1;
-}
-
-inline __m512i shorts(const uint16_t* from, Index left) {
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(left), from));
-}
-inline __m512i shorts(const float* from, Index left) {
-  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes(left), from)));
-}
-
-// LANES words of one row, up to `left` elements; and of one word LANES rows, up to `rows` and the last column.
-inline Words row_words(const uint16_t* from, Index left) {
-  return (Words)_mm512_maskz_loadu_epi16(lanes(left), from);
-}
-inline Words row_words(const float* from, Index left) {
-  const __m512 low = _mm512_maskz_loadu_ps(lanes(left), from);
-  return (Words)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(lanes(left - 16), from + 16), low);
-}
-template <class T>
-inline Words column_words(const T* from, Index stride, Index rows, Index columns) {
-  const __m512i even = shorts(from, columns > 0 ? rows : 0), odd = shorts(from + stride, columns > 1 ? rows : 0);
-  return (Words)_mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
-}
-
-// Rows and columns exchanged, first in fours, then fours of fours.
-inline void exchange(Square& square) {
-  __m512i x[16], y[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) x[i] = (__m512i)square[i];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
-      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
-    }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 8)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      y[i + j] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0x88);
-      y[i + j + 4] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0xdd);
-    }
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) {
-    square[j] = (Words)_mm512_shuffle_i32x4(y[j], y[j + 8], 0x88);
-    square[j + 8] = (Words)_mm512_shuffle_i32x4(y[j], y[j + 8], 0xdd);
-  }
-}
-#else
-template <class T>
-inline Words row_words(const T* from, Index left) {
-  if (left <= 0) return Words{};
-  uint16_t half[LANES];
-  Bf16::convert(half, read(from, left));
-  return bits<Words>(read(half, LANES));
-}
-template <class T>
-inline Words column_words(const T* from, Index, Index rows, Index columns) {
-  return row_words(from, columns > 0 ? rows : 0);
-}
-inline void exchange(Square& square) {
-  for (Index i = 0; i < LANES; i++)
-    for (Index j = 0; j < i; j++) std::swap(square[i][j], square[j][i]);
-}
-#endif
-
-// Of a matrix the LANES rows from `row` on and SPAN columns from `column` on, as rows of words, or as words of rows;
-// what is missing is 0.
-template <class T>
-inline Square square_as(const Matrix& m, Index row, Index column, bool by_rows) {
-  const T* from = static_cast<const T*>(m.at) + row * m.row + column * m.column;
-  const Index rows = m.rows - row, columns = m.columns - column;
-  Square square;
-#pragma GCC unroll 16
-  for (Index i = 0; i < LANES; i++) {
-    const Index k = i * Bf16::PER_WORD;
-    square[i] = m.column == 1 ? row_words(from + i * m.row, i < rows ? columns : 0)
-                              : column_words(from + k * m.column, m.column, rows, columns - k);
-  }
-  if (by_rows != (m.column == 1)) exchange(square);
-  return square;
-}
-
-inline Square square_of(const Matrix& m, Index row, Index column, bool by_rows) {
-  return m.single ? square_as<float>(m, row, column, by_rows) : square_as<uint16_t>(m, row, column, by_rows);
-}
-
-// The panel of rows from `first` on, columns from `begin` to `end`: [word][row].
-void lay_panel(Word* to, const Matrix& m, Index first, Index begin, Index end) {
-  for (Index k = begin; k < end; k += SPAN, to += LANES * PANEL) {
-    const Index words = words_of(std::min(SPAN, end - k));
-    for (Index i = 0; i < PANEL; i += LANES) {
-      const Square square = square_of(m, first + i, k, false);
-      for (Index w = 0; w < words; w++) store(to + w * PANEL + i, square[w]);
-    }
-  }
-}
-
-// Lines of memory that panels will be made of, asked for while others are multiplied: they lie too far apart for the
-// processor to foresee.
-class Ahead {
- public:
-  // The panel of rows from `first` on, columns from `begin` to `end`.
-  void add(const Matrix& m, Index first, Index begin, Index end) {
-    const Index rows = std::min(PANEL, m.rows - first), columns = end - begin, size = m.single ? 4 : 2;
-    if (rows <= 0) return;
-    const char* at = static_cast<const char*>(m.at) + (first * m.row + begin * m.column) * size;
-    const bool by_rows = m.column == 1;
-    parts_.push_back({at, (by_rows ? m.row : m.column) * size, by_rows ? rows : columns,
-                      ((by_rows ? columns : rows) * size + LINE - 1) / LINE});
-    left_ += parts_.back().runs * parts_.back().lines;
-  }
-
-  void clear() { parts_.clear(), left_ = part_ = run_ = line_ = 0; }
-  Index left() const { return left_; }
-
-  void fetch(Index count) {
-    for (count = std::min(count, left_), left_ -= count; count > 0; count--) {
-      const Part& part = parts_[part_];
-      __builtin_prefetch(part.at + run_ * part.stride + line_ * LINE, 0, 2);
-      if (++line_ < part.lines) continue;
-      line_ = 0;
-      if (++run_ == part.runs) run_ = 0, part_++;
-    }
-  }
-
- private:
-  static constexpr Index LINE = 64;
-  struct Part {
-    const char* at;
-    Index stride, runs, lines;  // of runs, which lie apart
-  };
-  std::vector<Part> parts_;
-  Index left_ = 0, part_ = 0, run_ = 0, line_ = 0;
-};
-
-// Rows from `first` to `last`, columns from `begin` to `end`: [row][word], rows `stride` apart.
-void lay_rows(Word* to, Index stride, const Matrix& m, Index first, Index last, Index begin, Index end) {
-  for (Index i = first; i < last; i += LANES, to += LANES * stride)
-    for (Index k = begin, w = 0; k < end; k += SPAN, w += LANES) {
-      const Square square = square_of(m, i, k, true);
-      for (Index j = 0; j < std::min(LANES, last - i); j++) store(to + j * stride + w, square[j]);
-    }
-}
 
 // A part of the contraction. `place`: where it begins, in words of a panel. Rows of x are read where they are, or, if
 // `from` is not negative, as they were laid out: where it begins, in words of a row.
@@ -219,33 +44,82 @@ struct Factors {
   Index row, words;
 };
 
-struct Target {
-  void* at;
-  bool single;
-  Index row, outputs;
-  const float* bias;
+// Where sums go, and what is added to them: [rows, outputs], or one row for all.
+class Target {
+ public:
+  Target(const Tensor& out, const std::optional<Tensor>& added, double alpha, double beta, bool symmetric)
+      : out_(out), alpha_(static_cast<float>(alpha)), beta_(static_cast<float>(beta)), symmetric_(symmetric) {
+    if (added) added_.emplace(added->expand(out.sizes()));
+    TORCH_CHECK(out_.column == 1 && (!added_ || added_->column == 1),
+                "outputs, and what is added to them, have to lie side by side");
+    TORCH_CHECK(!symmetric || out_.rows == out_.columns, "what is symmetric has to be square");
+  }
 
-  // Sums of rows from t on and a panel of outputs from n on.
-  void take(const float* sums, Index rows, Index t, Index n) const {
-    single ? take_as<Fp32>(sums, rows, t, n) : take_as<Bf16>(sums, rows, t, n);
+  // The first row of the outputs from n on that is no copy.
+  Index top(Index n) const { return symmetric_ ? n : 0; }
+
+  // How many vectors of row t and the panel of outputs from n on are no copies, and of how many rows from t on.
+  std::pair<Index, Index> extent(Index t, Index n) const {
+    const Index all = std::min<Index>(VECTORS, (out_.columns - n + LANES - 1) / LANES), below = t - n;
+    if (!symmetric_ || below >= (all - 1) * LANES) return {all, out_.rows - t};
+    return {below / LANES + 1, LANES - below % LANES};
+  }
+
+  // So many vectors of sums of rows from t on and outputs from n on, which are changed.
+  void take(float* sums, Index rows, Index vectors, Index t, Index n) const {
+    const Index width = std::min(vectors * LANES, out_.columns - n);
+    if (added_ || alpha_ != 1)
+      added_ && !added_->single ? add<uint16_t>(sums, rows, width, t, n) : add<float>(sums, rows, width, t, n);
+    out_.single ? take_as<Fp32>(sums, rows, width, t, n) : take_as<Bf16>(sums, rows, width, t, n);
+  }
+
+  // What was taken below the diagonal, as outputs of the rows from n on.
+  void mirror(const float* taken, Index rows, Index t, Index n) const {
+    if (symmetric_) out_.single ? mirror_as<Fp32>(taken, rows, t, n) : mirror_as<Bf16>(taken, rows, t, n);
+  }
+
+ private:
+  // In a pass of its own: stores of outputs wait for the memory, and others behind them.
+  template <class T>
+  void add(float* sums, Index rows, Index width, Index t, Index n) const {
+    for (Index i = 0; i < rows; i++, t++, sums += PANEL) {
+      const T* from = added_ ? added_->place<const T>(t, n) : nullptr;
+      for (Index j = 0; j < width; j += LANES) {
+        const Vec sum = alpha_ * load<Vec>(sums + j);
+        store(sums + j, from ? sum + beta_ * read(from + j, width - j) : sum);
+      }
+    }
   }
 
   template <class E>
-  void take_as(const float* sums, Index rows, Index t, Index n) const {
-    const Index width = std::min(PANEL, outputs - n);
-    auto* to = static_cast<typename E::Element*>(at) + t * row + n;
-    for (Index i = 0; i < rows; i++, to += row, sums += PANEL) {
-      if (width == PANEL && !bias) {
+  void take_as(const float* sums, Index rows, Index width, Index t, Index n) const {
+    for (Index i = 0; i < rows; i++, t++, sums += PANEL) {
+      auto* to = out_.place<typename E::Element>(t, n);
+      if (width == PANEL) {
 #pragma GCC unroll 8
         for (Index j = 0; j < PANEL; j += LANES) E::convert(to + j, load<Vec>(sums + j));
         continue;
       }
-      for (Index j = 0; j < width; j += LANES) {
-        const Vec sum = load<Vec>(sums + j);
-        write<E>(to + j, bias ? sum + read(bias + n + j, width - j) : sum, width - j);
-      }
+      for (Index j = 0; j < width; j += LANES) write<E>(to + j, load<Vec>(sums + j), width - j);
     }
   }
+
+  template <class E>
+  void mirror_as(const float* taken, Index rows, Index t, Index n) const {
+    for (Index i = 0; i < rows; i += LANES)
+      for (Index j = 0; j < std::min(PANEL, t + i - n); j += LANES) {
+        Square square;
+        for (Index k = 0; k < LANES; k++) square[k] = load<Words>(taken + (i + k) * PANEL + j);
+        exchange(square);
+        for (Index k = 0; k < LANES; k++)
+          write<E>(out_.place<typename E::Element>(n + j + k, t + i), bits<Vec>(square[k]), rows - i);
+      }
+  }
+
+  Matrix out_;
+  std::optional<Matrix> added_;
+  float alpha_, beta_;
+  bool symmetric_;
 };
 
 // sums [COUNT, N vectors] = the factors' products, or += them where `add`.
@@ -277,11 +151,16 @@ template <int COUNT, int N>
     for (int j = 0; j < N; j++) store(sums + i * PANEL + j * LANES, y[i][j]);
 }
 
-// The same for COUNT rows at most.
-template <int N, int COUNT = TALL<N>>
-void tile_of(Index rows, float* sums, bool add, const std::vector<Factors>& factors) {
-  if (rows >= COUNT) return tile<COUNT, N>(sums, add, factors.data(), factors.data() + factors.size());
-  if constexpr (COUNT > 1) tile_of<N, COUNT - 1>(rows, sums, add, factors);
+// The same for the first of so many rows and so many vectors; their number.
+template <int N = VECTORS, int COUNT = TALL<N>>
+[[gnu::always_inline]] inline Index tile_of(Index rows, Index vectors, float* sums, bool add,
+                                            const std::vector<Factors>& factors) {
+  if constexpr (N > 1)
+    if (vectors < N) return tile_of<N - 1>(rows, vectors, sums, add, factors);
+  if constexpr (COUNT > 1)
+    if (rows < COUNT) return tile_of<N, COUNT - 1>(rows, vectors, sums, add, factors);
+  tile<COUNT, N>(sums, add, factors.data(), factors.data() + factors.size());
+  return COUNT;
 }
 
 // Where every piece begins, and slices of pieces that rows pass one after the other.
@@ -315,9 +194,9 @@ class Share {
   // count: rows of all panels whose sums are kept from slice to slice.
   Share(const Plan& plan, const Word* rows, const Target& target, Index count)
       : plan_(plan), rows_(rows), target_(target), whole_(plan.slices.size() > 2),
-        arena_(4 * PANEL * (plan.largest + (whole_ ? count : HEIGHT)) + 128) {
+        arena_(4 * PANEL * (plan.largest + (whole_ ? up(count, HEIGHT) : HEIGHT)) + 128) {
     panel_ = arena_.take<Word>(plan.largest * PANEL);
-    sums_ = arena_.take<float>((whole_ ? count : HEIGHT) * PANEL);
+    sums_ = arena_.take<float>((whole_ ? up(count, HEIGHT) : HEIGHT) * PANEL);
   }
 
   // Rows from `first` to `last` and panels of outputs from `begin` to `end`; panels within slices, so that a slice of x
@@ -325,34 +204,34 @@ class Share {
   void multiply(Index first, Index last, Index begin, Index end) {
     const Index slices = plan_.slices.size() - 1;
     for (Index s = 0; s < slices; s++)
-      for (Index panel = begin; panel < end; panel++) {
+      for (Index n = begin; n < end; n += PANEL) {
         ahead_.clear();
-        if (panel + 1 < end) look_ahead(s, panel + 1);
+        if (n + PANEL < end) look_ahead(s, n + PANEL);
         else if (s + 1 < slices) look_ahead(s + 1, begin);
         else look_ahead(0, end);
-        float* sums = sums_ + (whole_ ? (panel - begin) * (last - first) * PANEL : 0);
-        const Index vectors = std::min<Index>(VECTORS, (target_.outputs - panel * PANEL + LANES - 1) / LANES);
-        vectors == 1   ? slice<1>(s, first, last, panel * PANEL, sums)
-        : vectors == 2 ? slice<2>(s, first, last, panel * PANEL, sums)
-        : vectors == 3 ? slice<3>(s, first, last, panel * PANEL, sums)
-                       : slice<4>(s, first, last, panel * PANEL, sums);
+        slice(s, first, last, n, sums_ + (whole_ ? (n - begin) * (last - first) : 0));
       }
   }
 
  private:
-  template <int N>
   void slice(Index s, Index first, Index last, Index n, float* sums) {
     const auto begin = plan_.pieces.begin() + plan_.slices[s], end = plan_.pieces.begin() + plan_.slices[s + 1];
     for (auto p = begin; p < end; p++) lay_panel(panel_ + p->place * PANEL, *p->w, n, p->begin, p->end);
     factors_.clear();
     for (auto p = begin; p < end; p++) factors_.push_back(factors(*p, first));
-    const Index lines = ahead_.left() * TALL<N> / (last - first) + 1;
-    for (Index r = first; r < last; r += TALL<N>, sums += whole_ ? TALL<N> * PANEL : 0) {
-      const Index rows = std::min<Index>(TALL<N>, last - r);
-      tile_of<N>(rows, sums, s > 0, factors_);
-      if (s + 2 == Index(plan_.slices.size())) target_.take(sums, rows, r, n);
-      for (Factors& each : factors_) each.rows += TALL<N> * each.row;
-      ahead_.fetch(lines);
+    const bool done = s + 2 == Index(plan_.slices.size());
+    const Index lines = ahead_.left() / (last - first) + 1;  // for each row
+    for (Index r = first; r < last; r += HEIGHT) {
+      const Index rows = std::min(HEIGHT, last - r);
+      float* block = whole_ ? sums + (r - first) * PANEL : sums;
+      for (Index i = 0, tall; i < rows; i += tall) {
+        const auto [vectors, most] = target_.extent(r + i, n);
+        tall = tile_of(std::min(most, rows - i), vectors, block + i * PANEL, s > 0, factors_);
+        if (done) target_.take(block + i * PANEL, tall, vectors, r + i, n);
+        for (Factors& each : factors_) each.rows += tall * each.row;
+        ahead_.fetch(tall * lines);
+      }
+      if (done) target_.mirror(block, rows, r, n);
     }
   }
 
@@ -363,10 +242,11 @@ class Share {
     return {reinterpret_cast<const Word*>(row), panel, p.x->row / 2, p.words};
   }
 
-  void look_ahead(Index s, Index panel) {
+  // For the panel of outputs from n on in slice s.
+  void look_ahead(Index s, Index n) {
     for (Index i = plan_.slices[s]; i < plan_.slices[s + 1]; i++) {
       const Piece& p = plan_.pieces[i];
-      ahead_.add(*p.w, panel * PANEL, p.begin, std::min(p.end, p.w->columns));
+      ahead_.add(*p.w, n, p.begin, std::min(p.end, p.w->columns));
     }
   }
 
@@ -395,34 +275,32 @@ Tensor laid_out(const Plan& plan, const Tensor& out, Index rows) {
   return words;
 }
 
-void products(at::TensorList x, at::TensorList w, const std::optional<Tensor>& bias, const Tensor& out) {
+void products(at::TensorList x, at::TensorList w, const std::optional<Tensor>& added, const Tensor& out, double alpha,
+              double beta, bool symmetric) {
   TORCH_CHECK(!x.empty() && x.size() == w.size(), "one weight for each x");
   const std::vector<Matrix> left(x.begin(), x.end()), right(w.begin(), w.end());
   const Index rows = out.size(0), outputs = out.size(1);
   for (size_t s = 0; s < left.size(); s++)
     TORCH_CHECK(left[s].rows == rows && right[s].rows == outputs && left[s].columns == right[s].columns,
                 "x, weights and out have to be [rows, columns], [outputs, columns] and [rows, outputs]");
-  TORCH_CHECK(out.stride(1) == 1 || outputs == 1, "outputs have to lie side by side");
-  if (bias)
-    TORCH_CHECK(bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->numel() == outputs,
-                "the bias has to be float [outputs]");
   if (!rows || !outputs) return;
-  const Target target{out.data_ptr(), out.scalar_type() == at::kFloat, out.stride(0), outputs,
-                      bias ? data<float>(*bias) : nullptr};
-  TORCH_CHECK(target.single || out.scalar_type() == at::kBFloat16, "outputs have to be float or bfloat16");
+  const Target target(out, added, alpha, beta, symmetric);
   const Plan plan(left, right);
   const Tensor words = laid_out(plan, out, rows);
-  const Index panels = (outputs + PANEL - 1) / PANEL, blocks = (rows + HEIGHT - 1) / HEIGHT;
-  at::parallel_for(0, panels * blocks, 1, [&](Index begin, Index end) {
-    const bool together = rows * outputs <= KEPT;
-    Share share(plan, reinterpret_cast<const Word*>(words.data_ptr<int>()), target,
-                rows * (together ? (end - begin + blocks - 1) / blocks : 1));
-    while (begin < end) {
-      const Index panel = begin / blocks, whole = begin % blocks == 0 && together ? end / blocks - panel : 0;
-      const Index stop = whole > 0 ? (panel + whole) * blocks : std::min(end, (panel + 1) * blocks);
-      const Index first = begin % blocks * HEIGHT, last = std::min(rows, (stop - panel * blocks) * HEIGHT);
-      share.multiply(first, last, panel, panel + std::max<Index>(whole, 1));
-      begin = stop;
+  const auto blocks = [&](Index n) { return (rows - target.top(n) + HEIGHT - 1) / HEIGHT; };
+  Index all = 0;
+  for (Index n = 0; n < outputs; n += PANEL) all += blocks(n);
+  at::parallel_for(0, all, 1, [&](Index begin, Index end) {
+    const bool together = !symmetric && rows * outputs <= KEPT;  // panels, which then are as high as the first
+    const Index most = together ? std::max<Index>((end - begin) / blocks(0), 1) : 1;
+    Share share(plan, reinterpret_cast<const Word*>(words.data_ptr<int>()), target, rows * most);
+    for (Index n = 0, wide; n < outputs && end > 0; n += wide) {
+      const Index height = blocks(n), from = std::max<Index>(begin, 0), to = std::min(end, height);
+      const Index panels = together && begin <= 0 ? std::max<Index>(end / height, 1) : 1;
+      wide = panels * PANEL, begin -= panels * height, end -= panels * height;
+      if (from >= to) continue;
+      const Index first = target.top(n) + from * HEIGHT, last = std::min(rows, target.top(n) + to * HEIGHT);
+      share.multiply(first, last, n, n + wide);
     }
   });
 }
@@ -431,7 +309,8 @@ void products(at::TensorList x, at::TensorList w, const std::optional<Tensor>& b
 }  // namespace truetune
 
 TORCH_LIBRARY_FRAGMENT(TRUETUNE_LIBRARY, library) {
-  library.def("products(Tensor[] x, Tensor[] w, Tensor? bias, Tensor(a!) out) -> ()");
+  library.def("products(Tensor[] x, Tensor[] w, Tensor? added, Tensor(a!) out, float alpha=1, float beta=1, "
+              "bool symmetric=False) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(TRUETUNE_LIBRARY, CPU, library) { library.impl("products", truetune::products); }
