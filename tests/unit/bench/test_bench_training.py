@@ -132,7 +132,7 @@ def test_apart_every_round_begins_anew_on_the_same_two_steps(sides: Path, tmp_pa
     ("peers", "chosen"),
     [
         (("loop",), "model.precision=fp32"),
-        (("loop",), "train.clip=none"),
+        (("loop-single",), "train.clip=none"),
         pytest.param(("hf-trainer", "loop-compiled"), "model.precision=fp32", marks=pytest.mark.proof),
         pytest.param(("loop", "hf-trainer"), "model.precision=bf16", marks=pytest.mark.proof),
         pytest.param(("hf-trainer",), "train.clip=none", marks=pytest.mark.proof),
@@ -190,9 +190,10 @@ def test_the_loop_pads_little_and_drops_nothing(monkeypatch: pytest.MonkeyPatch)
     from protocol import IGNORE, Row
 
     rows = [Row(np.arange(n), np.where(np.arange(n) > n // 2, np.arange(n), IGNORE)) for n in (5, 900, 300, 340, 300)]
-    found = batches(rows)
+    found = batches(rows, BUDGET)
     assert sorted(len(row.ids) for batch in found for row in batch) == [5, 300, 300, 340, 900]
     assert [len(batch) for batch in found] == [1, 3, 1]
+    assert [len(batch) for batch in batches(rows, 0)] == [1] * 5
     for batch in found:
         ids, labels = padded(batch)
         assert ids.numel() <= BUDGET

@@ -2,8 +2,8 @@
 
 Documents of like length share a batch of up to 1,024 padded tokens, padded on the right without a mask, since causal
 attention never sees the padding; logits of target positions only; fused AdamW. Option ``compile``: the decoder's layers
-through ``torch.compile``, before the first step. Option ``single``: one document at a time and no padding, which is faster
-where a single document fills the processor.
+through ``torch.compile``, before the first step. Option ``single``: one document at a time and no padding, which is
+faster where a single document fills the processor.
 """
 
 from __future__ import annotations
