@@ -37,7 +37,11 @@ def test_blocks_below_the_diagonal_are_the_whole_product(
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(2, 7, 100), (1, 100, 7), (1, 2 * BLOCK + 7, 500), (2, 300, 2 * BLOCK + 7)], ids=str)
-def test_newton_schulz_of_one_matrix_after_the_other(dtype: torch.dtype, shape: tuple[int, ...], no_worse: Any) -> None:
+@pytest.mark.parametrize("turned", [False, True], ids=["as it lies", "turned"])
+def test_newton_schulz_of_one_matrix_after_the_other(
+    dtype: torch.dtype, shape: tuple[int, ...], turned: bool, no_worse: Any
+) -> None:
     x = random(*shape).to(dtype)
+    x = x.mT if turned else x
     truth = newton_schulz.reference(x.double())
     no_worse("matrices", newton_schulz(x), newton_schulz.reference(x), truth, dtype)

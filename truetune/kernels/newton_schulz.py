@@ -32,7 +32,7 @@ def _one_by_one(matrices_BMN: Tensor, steps: int = 5, eps: float = 1e-7) -> Tens
     """Each as it lies, so that a tall one is not turned, and what is multiplied stays in the cache."""
     rounds = _compiled if matrices_BMN.dtype == torch.bfloat16 and available() else _by_torch
     with torch.no_grad():
-        done = [rounds(x / _norm(x, eps), steps, x.shape[0] > x.shape[1]) for x in matrices_BMN]
+        done = [rounds((x / _norm(x, eps)).contiguous(), steps, x.shape[0] > x.shape[1]) for x in matrices_BMN]
     return done[0][None] if len(done) == 1 else torch.stack(done)
 
 
