@@ -38,9 +38,11 @@ def test_blocks_below_the_diagonal_are_the_whole_product(
 @DTYPES
 @pytest.mark.parametrize("shape", [(2, 7, 100), (1, 100, 7), (1, 2 * BLOCK + 7, 500), (2, 300, 2 * BLOCK + 7)], ids=str)
 @pytest.mark.parametrize("turned", [False, True], ids=["as it lies", "turned"])
+@pytest.mark.parametrize("off", ["", "native_products"])
 def test_newton_schulz_of_one_matrix_after_the_other(
-    dtype: torch.dtype, shape: tuple[int, ...], turned: bool, no_worse: Any
+    dtype: torch.dtype, shape: tuple[int, ...], off: str, turned: bool, no_worse: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TRUETUNE_OFF", off)
     x = random(*shape).to(dtype)
     x = x.mT if turned else x
     truth = newton_schulz.reference(x.double())
