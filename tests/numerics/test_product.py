@@ -17,6 +17,7 @@ SHAPES = [
     (33, (515,), 72),
     (97, (64, 16), 130),
     (50, (33, 3, 2100), 64),
+    (101, (4200, 40), 200),
     (6, (4099,), 1),
 ]
 """Rows, columns of each pair, outputs."""
@@ -104,8 +105,11 @@ def test_fp32_weights_are_rounded_as_autocast_rounds_them(library: Any) -> None:
         assert torch.equal(found, expected)
 
 
-def test_neither_threads_nor_other_rows_change_a_row(library: Any) -> None:
-    (x,), (w,) = operands((301, (515,), 200))
+@pytest.mark.parametrize("layout", list(LAYOUTS)[:2])
+@pytest.mark.parametrize("columns", [515, 5000])
+def test_neither_threads_nor_other_rows_change_a_row(columns: int, layout: str, library: Any) -> None:
+    (x,), (w,) = operands((301, (columns,), 200))
+    w = LAYOUTS[layout](w)
     found = {}
     for threads in (1, 3):
         torch.set_num_threads(threads)
